@@ -1,0 +1,1 @@
+//! The loop: event, engine, store, dispatch.

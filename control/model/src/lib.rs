@@ -1,0 +1,1 @@
+//! The nouns of Godwit: ids, specs, statuses, commands, events, effects.

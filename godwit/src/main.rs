@@ -1,0 +1,3 @@
+//! Godwit: provisions virtual machines and moves them while they run.
+
+fn main() {}

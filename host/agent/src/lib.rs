@@ -1,0 +1,1 @@
+//! The shell on each host: connections, journal, timers, processes.

@@ -1,0 +1,1 @@
+//! What a hypervisor must offer: a closed interface.

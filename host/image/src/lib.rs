@@ -1,0 +1,1 @@
+//! Images, copy-on-write overlays and the micro template.

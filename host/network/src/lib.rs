@@ -1,0 +1,1 @@
+//! Bridges, taps and ports.

@@ -1,0 +1,1 @@
+//! The QEMU driver: argument vectors, processes, migration verbs.

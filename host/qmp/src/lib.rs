@@ -1,0 +1,1 @@
+//! A typed QMP codec and session. Knows no VMs.

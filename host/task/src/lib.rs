@@ -1,0 +1,1 @@
+//! One VM on one host, as a pure state machine.

@@ -1,0 +1,1 @@
+//! The protocol by which a VM changes hosts, as pure step functions.

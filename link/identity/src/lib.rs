@@ -1,0 +1,1 @@
+//! The cluster authority, node identities and mutual TLS.

@@ -1,0 +1,1 @@
+//! The serialised forms between processes, and their bounds.

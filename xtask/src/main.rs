@@ -1,0 +1,3 @@
+//! Development commands: demo, test, bench, tidy.
+
+fn main() {}
