@@ -1,0 +1,211 @@
+//! Runs helper programs from argument vectors: bounded output, a deadline, optional resource limits.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// What is kept of a program's standard output, and of its standard error.
+const OUTPUT_BYTES_MAX: u64 = 8 << 20;
+/// How much of a program's complaint goes into an error message.
+const COMPLAINT_CHARS_MAX: usize = 400;
+
+/// Limits that the kernel enforces on the program (setrlimit(2)).
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Address space in bytes.
+    pub address_space_bytes: u64,
+    /// Processor time in seconds.
+    pub cpu_s: u64,
+    /// The largest file it may write, in bytes.
+    pub file_bytes: u64,
+}
+
+/// Why a program gave no good result.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It could not be started.
+    #[error("cannot start {program}; is its package installed?")]
+    Start {
+        /// The program's name.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It could not be waited for, or its output not be read.
+    #[error("lost track of {program}")]
+    Wait {
+        /// The program's name.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It ran longer than allowed and was killed.
+    #[error("{program} was stopped after {deadline_s} s without a result")]
+    Deadline {
+        /// The program's name.
+        program: String,
+        /// The time it had, in seconds.
+        deadline_s: u64,
+    },
+    /// It ended with a failure.
+    #[error("{program} failed ({status}): {complaint}")]
+    Failed {
+        /// The program's name.
+        program: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of what it wrote to standard error, control characters removed.
+        complaint: String,
+    },
+}
+
+/// A program and its arguments, to run once.
+#[derive(Debug)]
+pub struct Run {
+    program: String,
+    arguments: Vec<OsString>,
+    deadline: Duration,
+    limits: Option<Limits>,
+    directory: Option<std::path::PathBuf>,
+}
+
+impl Run {
+    /// A run of `program` that may take `deadline`.
+    pub fn new(program: &str, deadline: Duration) -> Self {
+        Run { program: program.into(), arguments: Vec::new(), deadline, limits: None, directory: None }
+    }
+
+    /// Adds one argument.
+    #[must_use]
+    pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Sets resource limits.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = Some(limits);
+        self
+    }
+
+    /// Sets the working directory.
+    #[must_use]
+    pub fn directory(mut self, directory: &Path) -> Self {
+        self.directory = Some(directory.into());
+        self
+    }
+
+    /// Runs it and returns its standard output, cut at 8 MiB.
+    ///
+    /// # Errors
+    /// See [`RunError`]. A program past its deadline has been killed and reaped when this returns.
+    pub fn output(self) -> Result<Vec<u8>, RunError> {
+        let program = self.program.clone();
+        let wait = |source| RunError::Wait { program: program.clone(), source };
+        let mut child =
+            self.command().spawn().map_err(|source| RunError::Start { program: program.clone(), source })?;
+        let output = child.stdout.take().map(collect);
+        let complaint = child.stderr.take().map(collect);
+        let status = wait_until(&mut child, self.deadline).map_err(wait)?;
+        let Some(status) = status else {
+            return Err(RunError::Deadline { program, deadline_s: self.deadline.as_secs() });
+        };
+        let joined = |reader: Option<std::thread::JoinHandle<Vec<u8>>>| reader.and_then(|r| r.join().ok());
+        let (output, complaint) = (joined(output).unwrap_or_default(), joined(complaint).unwrap_or_default());
+        if !status.success() {
+            return Err(RunError::Failed { program, status, complaint: printable_end(&complaint) });
+        }
+        Ok(output)
+    }
+
+    fn command(&self) -> Command {
+        // prlimit (util-linux) sets the limits before the program's first instruction; doing so here would need
+        // unsafe code between fork and exec, and doing so after the start would be a race.
+        let mut command = match self.limits {
+            None => Command::new(&self.program),
+            Some(limits) => {
+                let mut command = Command::new("prlimit");
+                command
+                    .arg(format!("--as={}", limits.address_space_bytes))
+                    .arg(format!("--cpu={}", limits.cpu_s))
+                    .arg(format!("--fsize={}", limits.file_bytes))
+                    .args(["--core=0", "--", &self.program]);
+                command
+            }
+        };
+        command.args(&self.arguments).env("LC_ALL", "C");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(directory) = &self.directory {
+            command.current_dir(directory);
+        }
+        command
+    }
+}
+
+/// Reads a pipe to its end on a thread, keeping the first 8 MiB.
+fn collect(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        // An error here is a broken pipe: what came until then is the output.
+        let _ = pipe.by_ref().take(OUTPUT_BYTES_MAX).read_to_end(&mut kept);
+        let _ = io::copy(&mut pipe, &mut io::sink());
+        kept
+    })
+}
+
+/// Waits for the child's end; `None` when the deadline passed and it was killed.
+fn wait_until(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
+    let end = Instant::now() + deadline;
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => {
+                child.kill()?;
+                child.wait()?;
+                return Ok(None);
+            }
+            Ok(_) => return child.wait().map(Some),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The end of a program's complaint on one line, without control characters.
+fn printable_end(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let clean: Vec<char> = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    clean[clean.len().saturating_sub(COMPLAINT_CHARS_MAX)..].iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_past_its_deadline_is_killed() {
+        let started = Instant::now();
+        let result = Run::new("sleep", Duration::from_millis(200)).arg("60").output();
+        assert!(matches!(result, Err(RunError::Deadline { .. })), "{result:?}");
+        assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn limits_reach_the_program_and_its_complaint_reaches_us() {
+        let limits = Limits { address_space_bytes: 1 << 30, cpu_s: 7, file_bytes: 1 << 20 };
+        let shown = Run::new("prlimit", Duration::from_secs(10)).arg("--cpu").arg("--raw").arg("--noheadings");
+        let shown = String::from_utf8(shown.limits(limits).output().unwrap()).unwrap();
+        assert!(shown.contains(" 7 7 "), "{shown}");
+        let failed = Run::new("ls", Duration::from_secs(10)).arg("/does/not/exist").output();
+        assert!(failed.unwrap_err().to_string().contains("/does/not/exist"));
+    }
+}
