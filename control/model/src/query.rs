@@ -1,0 +1,173 @@
+//! What people read.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::{
+    Host, HostId, Name, Network, Operation, OperationId, Pool, Port, Revision, Subnet, Template, TemplateId, Timestamp,
+    VmId, VmSpec, VmStatus, Volume, layout::Layout, name::Reference, operation::Progress,
+};
+
+/// A read of the committed world, within the actor's project.
+#[derive(Clone, Debug)]
+pub enum Query {
+    /// A page of VMs.
+    Vms(Page),
+    /// One VM.
+    Vm(Reference),
+    /// A page of hosts.
+    Hosts(Page),
+    /// One host.
+    Host(Reference),
+    /// A page of templates.
+    Templates(Page),
+    /// One template.
+    Template(Reference),
+    /// A page of operations, the newest first.
+    Operations(Page),
+    /// One operation.
+    Operation(OperationId),
+    /// A page of networks.
+    Networks(Page),
+    /// A page of pools.
+    Pools(Page),
+    /// A page of volumes.
+    Volumes(Page),
+}
+
+/// Which part of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// At most this many, 1 to [`Page::LIMIT_MAX`].
+    pub limit: usize,
+    /// After this id.
+    pub after: Option<Uuid>,
+}
+
+impl Page {
+    /// Most items of a page.
+    pub const LIMIT_MAX: usize = 1000;
+}
+
+/// An answer to a [`Query`].
+#[derive(Clone, Debug)]
+pub enum View {
+    /// VMs.
+    Vms(Listing<VmView>),
+    /// A VM.
+    Vm(Box<VmView>),
+    /// Hosts.
+    Hosts(Listing<HostView>),
+    /// A host.
+    Host(Box<HostView>),
+    /// Templates.
+    Templates(Listing<Template>),
+    /// A template.
+    Template(Box<Template>),
+    /// Operations.
+    Operations(Listing<OperationView>),
+    /// An operation.
+    Operation(Box<OperationView>),
+    /// Networks.
+    Networks(Listing<NetworkView>),
+    /// Pools.
+    Pools(Listing<Pool>),
+    /// Volumes.
+    Volumes(Listing<Volume>),
+}
+
+/// Part of a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Listing<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// Where the next page begins; `None` when there is none.
+    pub next: Option<Uuid>,
+}
+
+/// An id with the name that people know it by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Named<T> {
+    /// The id.
+    pub id: T,
+    /// The name.
+    pub name: Name,
+}
+
+/// A VM with what belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmView {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: Name,
+    /// What people asked for.
+    pub spec: VmSpec,
+    /// Counts changes of the spec.
+    pub revision: Revision,
+    /// What is seen.
+    pub status: VmStatus,
+    /// Where it is or was last.
+    pub host: Option<Named<HostId>>,
+    /// Whether that host's agent is connected: if not, what is seen may be old.
+    pub host_lost: bool,
+    /// What it was made from.
+    pub template: Option<Named<TemplateId>>,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// Its volumes.
+    pub volumes: Vec<Volume>,
+    /// Its exact hardware.
+    pub layout: Layout,
+    /// The operation that holds it.
+    pub operation: Option<OperationId>,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// A host with what it carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HostView {
+    /// The host.
+    #[serde(flatten)]
+    pub host: Host,
+    /// VMs that hold capacity on it.
+    pub vms: u64,
+    /// vCPUs they hold, and on offer.
+    pub vcpus: Share,
+    /// Memory they hold, and on offer, MiB.
+    pub memory_mib: Share,
+}
+
+/// What is held of what is on offer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Share {
+    /// Held.
+    pub used: u64,
+    /// On offer.
+    pub offered: u64,
+}
+
+/// An operation with how far it is right now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OperationView {
+    /// The operation.
+    #[serde(flatten)]
+    pub operation: Operation,
+    /// How far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+/// A network with its address ranges.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NetworkView {
+    /// The network.
+    #[serde(flatten)]
+    pub network: Network,
+    /// Its ranges.
+    pub subnets: Vec<Subnet>,
+    /// Addresses in use or resting.
+    pub addresses_used: u64,
+}

@@ -1,0 +1,105 @@
+//! Templates: what VMs are made from.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{
+    Name, PoolId, ProjectId, Refusal, TemplateId, Timestamp,
+    storage::{Digest, Format},
+};
+
+/// What VMs are made from: boot files and a disk that overlays share. Its blobs never change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// Its id.
+    pub id: TemplateId,
+    /// Whose it is.
+    pub project: ProjectId,
+    /// Its name, unique in the project.
+    pub name: Name,
+    /// What it holds.
+    pub content: Content,
+    /// Whether VMs can be made from it.
+    pub state: TemplateState,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// What a template holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Content {
+    /// How its guests start.
+    pub boot: Boot,
+    /// The disk that its VMs' first volumes are overlays of.
+    pub disk: Option<Disk>,
+    /// Smallest memory its guests need, MiB.
+    pub memory_mib_min: u64,
+}
+
+/// How a guest starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Boot {
+    /// The hypervisor loads a kernel and an initial RAM disk.
+    Direct {
+        /// The kernel's blob.
+        kernel: Blob,
+        /// The initial RAM disk's blob.
+        initrd: Blob,
+        /// The kernel's command line; the VM's name and addresses are appended as `godwit.*` words.
+        cmdline: String,
+    },
+    /// SeaBIOS starts from the first disk.
+    Bios,
+}
+
+/// Bytes, by their digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Blob {
+    /// SHA-256 of the bytes.
+    pub digest: Digest,
+    /// How many.
+    pub size_bytes: u64,
+}
+
+/// A template's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// Its file.
+    pub blob: Blob,
+    /// The file's format, as declared at import and checked.
+    pub format: Format,
+    /// Size that the guest sees, bytes.
+    pub size_bytes: u64,
+}
+
+/// Whether VMs can be made from a template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum TemplateState {
+    /// A host fetches its blobs into a pool and vets them.
+    Importing,
+    /// Usable; its blobs are in these pools.
+    Ready {
+        /// Pools that hold all its blobs.
+        pools: Vec<PoolId>,
+    },
+    /// Vetting or fetching failed.
+    Failed {
+        /// Why.
+        reason: Refusal,
+    },
+    /// Being deleted.
+    Deleting,
+}
+
+impl Content {
+    /// All blobs, in the order in which a host fetches them.
+    pub fn blobs(&self) -> impl Iterator<Item = Blob> + '_ {
+        let boot = match &self.boot {
+            Boot::Direct { kernel, initrd, .. } => [Some(*kernel), Some(*initrd)],
+            Boot::Bios => [None, None],
+        };
+        boot.into_iter().flatten().chain(self.disk.map(|disk| disk.blob))
+    }
+}
