@@ -9,7 +9,10 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let mut show = |p: image::micro::Progress| {
-        println!("{:?}: {} ({} of {} bytes)", p.step, p.detail, p.bytes_done, p.bytes_total);
+        println!(
+            "{:?}: {} ({} of {} bytes)",
+            p.step, p.detail, p.bytes_done, p.bytes_total
+        );
     };
     match image::micro::build(directory.as_ref(), &image::micro::Sources::found(cache), &mut show) {
         Ok(files) => println!("{files:#?}"),

@@ -48,13 +48,18 @@ impl Disk {
     /// # Errors
     /// What went wrong with the device, as a message.
     pub(crate) fn write(&mut self, mib: u64, seed: u64) -> Result<String, String> {
-        let room = size_bytes().ok_or("the guest has no disk /dev/vda")?.saturating_sub(BLOCK as u64) >> 20;
+        let room = size_bytes()
+            .ok_or("the guest has no disk /dev/vda")?
+            .saturating_sub(BLOCK as u64)
+            >> 20;
         if mib == 0 || mib > room {
             return Err(format!("mib={mib} must be from 1 to {room}, the size of the disk"));
         }
         let checksum = write_stream(mib << 20, seed).map_err(|error| format!("writing {DEVICE}: {error}"))?;
         self.writes += 1;
-        Ok(format!("{{\"mib\":{mib},\"seed\":{seed},\"checksum\":\"{checksum:016x}\"}}\n"))
+        Ok(format!(
+            "{{\"mib\":{mib},\"seed\":{seed},\"checksum\":\"{checksum:016x}\"}}\n"
+        ))
     }
 
     /// Reads back what the header promises; answers JSON with `ok`.
@@ -64,7 +69,12 @@ impl Disk {
     pub(crate) fn check(&mut self) -> Result<String, String> {
         size_bytes().ok_or("the guest has no disk /dev/vda")?;
         let check = check_stream().map_err(|error| format!("reading {DEVICE}: {error}"))?;
-        let Check { seed, bytes, checksum, first_bad_byte } = check.ok_or("nothing was written to the disk yet")?;
+        let Check {
+            seed,
+            bytes,
+            checksum,
+            first_bad_byte,
+        } = check.ok_or("nothing was written to the disk yet")?;
         self.checks += 1;
         self.failed_checks += u64::from(first_bad_byte.is_some());
         let bad = first_bad_byte.map_or("null".to_string(), |at| at.to_string());
@@ -130,9 +140,18 @@ fn compare(device: &mut File, buffer: &mut [u8], seed: u64, bytes: u64) -> io::R
         checksum.update(buffer);
         words.fill(&mut expected);
         if first_bad_byte.is_none() && *buffer != *expected {
-            let at = buffer.iter().zip(&expected).position(|(read, wanted)| read != wanted).unwrap_or(0);
+            let at = buffer
+                .iter()
+                .zip(&expected)
+                .position(|(read, wanted)| read != wanted)
+                .unwrap_or(0);
             first_bad_byte = Some(chunk * CHUNK as u64 + at as u64);
         }
     }
-    Ok(Check { seed, bytes, checksum: checksum.value(), first_bad_byte })
+    Ok(Check {
+        seed,
+        bytes,
+        checksum: checksum.value(),
+        first_bad_byte,
+    })
 }

@@ -37,8 +37,15 @@ struct Request {
 
 /// What to send back.
 enum Answer {
-    Text { status: &'static str, kind: &'static str, body: String },
-    Download { bytes: u64, seed: u64 },
+    Text {
+        status: &'static str,
+        kind: &'static str,
+        body: String,
+    },
+    Download {
+        bytes: u64,
+        seed: u64,
+    },
     /// Says yes, then does the power action.
     Power(String),
 }
@@ -55,7 +62,8 @@ pub(crate) fn serve(guest: &Arc<Guest>) -> io::Result<()> {
         let Ok(mut connection) = connection else { continue };
         if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
             open.fetch_sub(1, Ordering::Relaxed);
-            let _ = connection.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+            let _ = connection
+                .write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
             continue;
         }
         let (guest, counted) = (Arc::clone(guest), Arc::clone(&open));
@@ -112,7 +120,9 @@ fn read_request(reader: &mut BufReader<&TcpStream>) -> io::Result<Option<Request
         if head.read_line(&mut line)? == 0 {
             return Err(bad("the head is too long or cut off"));
         }
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            break;
+        };
         let value = value.trim();
         if name.eq_ignore_ascii_case("content-length") {
             body_bytes = value.parse().map_err(|_| bad("content-length"))?;
@@ -141,7 +151,10 @@ fn route(guest: &Guest, request: &Request) -> Answer {
         }
         ("GET", "/download") => download(number("mib"), number("kib"), number("seed")),
         ("POST", "/memory") => json(both(number("mib"), number("rate_mib_s")).and_then(|(mib, rate)| {
-            guest.memory.set(mib.ok_or("mib is missing: the working set in MiB, 0 to stop")?, rate.unwrap_or(0))?;
+            guest.memory.set(
+                mib.ok_or("mib is missing: the working set in MiB, 0 to stop")?,
+                rate.unwrap_or(0),
+            )?;
             Ok(guest.memory.status() + "\n")
         })),
         ("POST", "/disk/write") => json(
@@ -153,7 +166,11 @@ fn route(guest: &Guest, request: &Request) -> Answer {
             Some(action @ ("off" | "reboot" | "panic")) => Answer::Power(action.to_string()),
             _ => json(Err("action must be off, reboot or panic".into())),
         },
-        _ => Answer::Text { status: "404 Not Found", kind: "text/plain", body: "no such page\n".into() },
+        _ => Answer::Text {
+            status: "404 Not Found",
+            kind: "text/plain",
+            body: "no such page\n".into(),
+        },
     }
 }
 
@@ -163,14 +180,26 @@ fn page(guest: &Guest) -> Answer {
     let body = format!(
         "<!doctype html><title>{name}</title><h1>{name}</h1><p>A Godwit micro guest, up for {seconds} s. Answer {counter}.</p>\n"
     );
-    Answer::Text { status: "200 OK", kind: "text/html; charset=utf-8", body }
+    Answer::Text {
+        status: "200 OK",
+        kind: "text/html; charset=utf-8",
+        body,
+    }
 }
 
 /// A JSON answer, or 400 with the reason.
 fn json(result: Result<String, String>) -> Answer {
     match result {
-        Ok(body) => Answer::Text { status: "200 OK", kind: "application/json", body },
-        Err(reason) => Answer::Text { status: "400 Bad Request", kind: "text/plain", body: reason + "\n" },
+        Ok(body) => Answer::Text {
+            status: "200 OK",
+            kind: "application/json",
+            body,
+        },
+        Err(reason) => Answer::Text {
+            status: "400 Bad Request",
+            kind: "text/plain",
+            body: reason + "\n",
+        },
     }
 }
 
@@ -193,13 +222,21 @@ fn download(
     if bytes == 0 || bytes > DOWNLOAD_BYTES_MAX {
         return json(Err("give mib or kib, not both, from 1 KiB to 64 GiB".into()));
     }
-    Answer::Download { bytes, seed: seed.unwrap_or(0) }
+    Answer::Download {
+        bytes,
+        seed: seed.unwrap_or(0),
+    }
 }
 
 /// The number that `key` has in `query`, `None` when it is absent.
 fn parameter(query: &str, key: &str) -> Result<Option<u64>, String> {
-    let found = query.split('&').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='));
-    let parse = |text: &str| text.parse().map_err(|_| format!("{key} must be a whole number from 0 to 2^64-1"));
+    let found = query
+        .split('&')
+        .find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='));
+    let parse = |text: &str| {
+        text.parse()
+            .map_err(|_| format!("{key} must be a whole number from 0 to 2^64-1"))
+    };
     found.map(parse).transpose()
 }
 
@@ -269,8 +306,20 @@ mod tests {
 
     #[test]
     fn a_download_has_a_size_within_bounds() {
-        assert!(matches!(download(Ok(Some(2)), Ok(None), Ok(None)), Answer::Download { bytes: 2_097_152, seed: 0 }));
-        assert!(matches!(download(Ok(Some(u64::MAX)), Ok(None), Ok(None)), Answer::Text { .. }));
-        assert!(matches!(download(Ok(Some(1)), Ok(Some(1)), Ok(None)), Answer::Text { .. }));
+        assert!(matches!(
+            download(Ok(Some(2)), Ok(None), Ok(None)),
+            Answer::Download {
+                bytes: 2_097_152,
+                seed: 0
+            }
+        ));
+        assert!(matches!(
+            download(Ok(Some(u64::MAX)), Ok(None), Ok(None)),
+            Answer::Text { .. }
+        ));
+        assert!(matches!(
+            download(Ok(Some(1)), Ok(Some(1)), Ok(None)),
+            Answer::Text { .. }
+        ));
     }
 }

@@ -16,6 +16,8 @@ mod disk;
 mod http;
 mod memory;
 mod power;
+// The library offers the same file to clients, hence its `pub`.
+#[allow(unreachable_pub)]
 mod stream;
 mod ticks;
 
@@ -66,8 +68,15 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// The value of `godwit.name` on the kernel command line, made safe to print in JSON and HTML.
 fn name_from(command_line: &str) -> String {
-    let given = command_line.split_whitespace().find_map(|word| word.strip_prefix("godwit.name="));
-    given.unwrap_or("micro").chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(63).collect()
+    let given = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("godwit.name="));
+    given
+        .unwrap_or("micro")
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c))
+        .take(63)
+        .collect()
 }
 
 fn main() {

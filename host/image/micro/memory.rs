@@ -42,7 +42,8 @@ impl Writer {
         if let Some((run, thread)) = current.take() {
             run.stop.store(true, Ordering::Relaxed);
             let _ = thread.join();
-            self.past_mismatches.fetch_add(run.mismatches.load(Ordering::Relaxed), Ordering::Relaxed);
+            self.past_mismatches
+                .fetch_add(run.mismatches.load(Ordering::Relaxed), Ordering::Relaxed);
         }
         if mib == 0 {
             return Ok(());
@@ -51,10 +52,19 @@ impl Writer {
         if mib > spare {
             return Err(format!("mib={mib} does not fit: the guest has {spare} MiB to spare"));
         }
-        let run = Arc::new(Run { mib, rate_mib_s, ..Run::default() });
+        let run = Arc::new(Run {
+            mib,
+            rate_mib_s,
+            ..Run::default()
+        });
         let writing = Arc::clone(&run);
-        let thread = std::thread::Builder::new().stack_size(64 << 10).spawn(move || write(&writing));
-        *current = Some((run, thread.map_err(|error| format!("cannot start the writer: {error}"))?));
+        let thread = std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn(move || write(&writing));
+        *current = Some((
+            run,
+            thread.map_err(|error| format!("cannot start the writer: {error}"))?,
+        ));
         Ok(())
     }
 
@@ -64,7 +74,13 @@ impl Writer {
         let past = self.past_mismatches.load(Ordering::Relaxed);
         let (mib, rate, passes, pages, bad) = current.as_ref().map_or((0, 0, 0, 0, 0), |(run, _)| {
             let read = |value: &AtomicU64| value.load(Ordering::Relaxed);
-            (run.mib, run.rate_mib_s, read(&run.passes), read(&run.pages_written), read(&run.mismatches))
+            (
+                run.mib,
+                run.rate_mib_s,
+                read(&run.passes),
+                read(&run.pages_written),
+                read(&run.mismatches),
+            )
         });
         format!(
             "{{\"mib\":{mib},\"rate_mib_s\":{rate},\"passes\":{passes},\"written_mib\":{},\"mismatches\":{}}}",
@@ -131,7 +147,9 @@ fn pace(run: &Run, written: u64, started: Instant) {
 fn available_mib() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0)
+        / 1024
 }
 
 #[cfg(test)]
@@ -146,6 +164,9 @@ mod tests {
         page[511] ^= 1;
         assert!(!rewrite(&mut page, Some(8), 9));
         assert!(rewrite(&mut page, Some(9), 10));
-        assert!(!rewrite(&mut page, Some(9), 10), "an old page, as after a lost write, is noticed too");
+        assert!(
+            !rewrite(&mut page, Some(9), 10),
+            "an old page, as after a lost write, is noticed too"
+        );
     }
 }

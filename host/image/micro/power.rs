@@ -42,7 +42,10 @@ pub(crate) fn act(action: &str) -> bool {
         "reboot" => "reboot",
         "panic" => {
             // Magic SysRq c: the kernel crashes itself (Documentation/admin-guide/sysrq.rst).
-            let crashed = File::options().write(true).open("/proc/sysrq-trigger").and_then(|mut file| file.write_all(b"c"));
+            let crashed = File::options()
+                .write(true)
+                .open("/proc/sysrq-trigger")
+                .and_then(|mut file| file.write_all(b"c"));
             eprintln!("godwit-micro: the kernel did not panic: {crashed:?}");
             return true;
         }

@@ -28,7 +28,11 @@ pub(crate) struct Ticks {
 impl Ticks {
     /// Starts the thread.
     pub(crate) fn start(started: Instant) -> Self {
-        let ticks = Ticks { started, count: Arc::default(), gap: Arc::default() };
+        let ticks = Ticks {
+            started,
+            count: Arc::default(),
+            gap: Arc::default(),
+        };
         let (count, gap) = (Arc::clone(&ticks.count), Arc::clone(&ticks.gap));
         std::thread::spawn(move || {
             let mut last = Instant::now();
@@ -61,6 +65,10 @@ impl Ticks {
     /// Forgets the largest gap.
     pub(crate) fn reset(&self) {
         let since_ms = self.started.elapsed().as_millis() as u64;
-        *crate::lock(&self.gap) = Gap { largest_us: 0, at_ms: since_ms, since_ms };
+        *crate::lock(&self.gap) = Gap {
+            largest_us: 0,
+            at_ms: since_ms,
+            since_ms,
+        };
     }
 }

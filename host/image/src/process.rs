@@ -78,7 +78,13 @@ pub struct Run {
 impl Run {
     /// A run of `program` that may take `deadline`.
     pub fn new(program: &str, deadline: Duration) -> Self {
-        Run { program: program.into(), arguments: Vec::new(), deadline, limits: None, directory: None }
+        Run {
+            program: program.into(),
+            arguments: Vec::new(),
+            deadline,
+            limits: None,
+            directory: None,
+        }
     }
 
     /// Adds one argument.
@@ -108,19 +114,34 @@ impl Run {
     /// See [`RunError`]. A program past its deadline has been killed and reaped when this returns.
     pub fn output(self) -> Result<Vec<u8>, RunError> {
         let program = self.program.clone();
-        let wait = |source| RunError::Wait { program: program.clone(), source };
-        let mut child =
-            self.command().spawn().map_err(|source| RunError::Start { program: program.clone(), source })?;
+        let wait = |source| RunError::Wait {
+            program: program.clone(),
+            source,
+        };
+        let mut child = self.command().spawn().map_err(|source| RunError::Start {
+            program: program.clone(),
+            source,
+        })?;
         let output = child.stdout.take().map(collect);
         let complaint = child.stderr.take().map(collect);
         let status = wait_until(&mut child, self.deadline).map_err(wait)?;
         let Some(status) = status else {
-            return Err(RunError::Deadline { program, deadline_s: self.deadline.as_secs() });
+            return Err(RunError::Deadline {
+                program,
+                deadline_s: self.deadline.as_secs(),
+            });
         };
         let joined = |reader: Option<std::thread::JoinHandle<Vec<u8>>>| reader.and_then(|r| r.join().ok());
-        let (output, complaint) = (joined(output).unwrap_or_default(), joined(complaint).unwrap_or_default());
+        let (output, complaint) = (
+            joined(output).unwrap_or_default(),
+            joined(complaint).unwrap_or_default(),
+        );
         if !status.success() {
-            return Err(RunError::Failed { program, status, complaint: printable_end(&complaint) });
+            return Err(RunError::Failed {
+                program,
+                status,
+                complaint: printable_end(&complaint),
+            });
         }
         Ok(output)
     }
@@ -141,7 +162,10 @@ impl Run {
             }
         };
         command.args(&self.arguments).env("LC_ALL", "C");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         if let Some(directory) = &self.directory {
             command.current_dir(directory);
         }
@@ -166,7 +190,10 @@ fn wait_until(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitSt
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
             Ok(0) => {
                 child.kill()?;
@@ -183,8 +210,14 @@ fn wait_until(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitSt
 /// The end of a program's complaint on one line, without control characters.
 fn printable_end(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    let clean: Vec<char> = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    clean[clean.len().saturating_sub(COMPLAINT_CHARS_MAX)..].iter().collect()
+    let clean: Vec<char> = text
+        .trim()
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    clean[clean.len().saturating_sub(COMPLAINT_CHARS_MAX)..]
+        .iter()
+        .collect()
 }
 
 #[cfg(test)]
@@ -201,8 +234,15 @@ mod tests {
 
     #[test]
     fn limits_reach_the_program_and_its_complaint_reaches_us() {
-        let limits = Limits { address_space_bytes: 1 << 30, cpu_s: 7, file_bytes: 1 << 20 };
-        let shown = Run::new("prlimit", Duration::from_secs(10)).arg("--cpu").arg("--raw").arg("--noheadings");
+        let limits = Limits {
+            address_space_bytes: 1 << 30,
+            cpu_s: 7,
+            file_bytes: 1 << 20,
+        };
+        let shown = Run::new("prlimit", Duration::from_secs(10))
+            .arg("--cpu")
+            .arg("--raw")
+            .arg("--noheadings");
         let shown = String::from_utf8(shown.limits(limits).output().unwrap()).unwrap();
         assert!(shown.contains(" 7 7 "), "{shown}");
         let failed = Run::new("ls", Duration::from_secs(10)).arg("/does/not/exist").output();

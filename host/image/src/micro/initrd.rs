@@ -48,24 +48,45 @@ mount -t tmpfs tmp /tmp
 ///
 /// # Errors
 /// When a part cannot be read or the kernel lacks a module.
-pub(crate) fn make(
-    kernel: &Kernel,
-    busybox: &Path,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Vec<u8>, BuildError> {
+pub(crate) fn make(kernel: &Kernel, busybox: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Vec<u8>, BuildError> {
     let detail = format!("packing modules of Linux {}", kernel.release);
-    progress(Progress { step: Step::Initrd, detail: detail.clone(), bytes_done: 0, bytes_total: 0 });
-    let wrong = |reason| BuildError::Modules { release: kernel.release.clone(), reason };
-    let modules = Tree::open(&kernel.modules, busybox).and_then(|tree| tree.in_loading_order()).map_err(wrong)?;
+    progress(Progress {
+        step: Step::Initrd,
+        detail: detail.clone(),
+        bytes_done: 0,
+        bytes_total: 0,
+    });
+    let wrong = |reason| BuildError::Modules {
+        release: kernel.release.clone(),
+        reason,
+    };
+    let modules = Tree::open(&kernel.modules, busybox)
+        .and_then(|tree| tree.in_loading_order())
+        .map_err(wrong)?;
 
     let mut archive = Archive::default();
-    for directory in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "run", "sys", "tmp"] {
+    for directory in [
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib/modules",
+        "proc",
+        "root",
+        "run",
+        "sys",
+        "tmp",
+    ] {
         archive.directory(directory);
     }
     // The kernel opens this for init before anything is mounted.
     archive.device("dev/console", 5, 1);
     archive.link("init", "bin/busybox");
-    archive.file("bin/busybox", 0o755, &std::fs::read(busybox).map_err(failed("read", busybox))?);
+    archive.file(
+        "bin/busybox",
+        0o755,
+        &std::fs::read(busybox).map_err(failed("read", busybox))?,
+    );
     for applet in applets(busybox)? {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
@@ -79,14 +100,29 @@ pub(crate) fn make(
     }
     let bytes = archive.finish();
     let total = bytes.len() as u64;
-    progress(Progress { step: Step::Initrd, detail, bytes_done: total, bytes_total: total });
+    progress(Progress {
+        step: Step::Initrd,
+        detail,
+        bytes_done: total,
+        bytes_total: total,
+    });
     Ok(bytes)
 }
 
 /// The names under which busybox can be called.
 fn applets(busybox: &Path) -> Result<Vec<String>, BuildError> {
-    let run = Run::new(&busybox.to_string_lossy(), Duration::from_secs(20)).arg("--list").output();
-    let list = run.map_err(|source| super::SourceError::Unpack { package: "busybox-static".into(), source })?;
-    let plain = |name: &&str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_[".contains(&b)) && *name != "busybox";
-    Ok(String::from_utf8_lossy(&list).lines().filter(plain).map(String::from).collect())
+    let run = Run::new(&busybox.to_string_lossy(), Duration::from_secs(20))
+        .arg("--list")
+        .output();
+    let list = run.map_err(|source| super::SourceError::Unpack {
+        package: "busybox-static".into(),
+        source,
+    })?;
+    let plain =
+        |name: &&str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_[".contains(&b)) && *name != "busybox";
+    Ok(String::from_utf8_lossy(&list)
+        .lines()
+        .filter(plain)
+        .map(String::from)
+        .collect())
 }

@@ -1,8 +1,10 @@
 //! What a template directory holds: `manifest.json`, with the size and digest of each file.
 
 use super::{BASE_COMMAND_LINE, BuildError, DISK_BYTES, Progress, Step, failed};
+use model::storage::{Digest, Format};
+use model::template::{Blob, Boot, Content, Disk};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -20,9 +22,19 @@ pub struct Artifact {
     /// Its name in the template's directory.
     pub file: String,
     /// Its size.
-    pub bytes: u64,
-    /// Its digest, 64 lower-case hexadecimal digits.
-    pub sha256: String,
+    pub size_bytes: u64,
+    /// Its digest.
+    pub sha256: Digest,
+}
+
+impl Artifact {
+    /// The file as a blob of a pool.
+    pub fn blob(&self) -> Blob {
+        Blob {
+            digest: self.sha256,
+            size_bytes: self.size_bytes,
+        }
+    }
 }
 
 /// A template as files: what boots, how, and the disk that overlays are made over.
@@ -43,11 +55,11 @@ pub struct TemplateFiles {
     /// The base disk.
     pub disk: Artifact,
     /// The base disk's format, always passed on and never probed.
-    pub disk_format: String,
+    pub disk_format: Format,
     /// The base disk's size as the guest sees it.
-    pub disk_virtual_bytes: u64,
-    /// The least memory the guest boots with.
-    pub memory_bytes_min: u64,
+    pub disk_size_bytes: u64,
+    /// The least memory the guest boots with, in MiB.
+    pub memory_mib_min: u64,
 }
 
 /// Why a manifest was refused.
@@ -90,16 +102,24 @@ impl TemplateFiles {
         let path = directory.join(MANIFEST);
         let mut text = Vec::new();
         let opened = File::open(&path).and_then(|file| file.take(MANIFEST_BYTES_MAX).read_to_end(&mut text));
-        opened.map_err(|source| ManifestError::Read { path: path.clone(), source })?;
-        let files: TemplateFiles =
-            serde_json::from_slice(&text).map_err(|source| ManifestError::Form { path: path.clone(), source })?;
+        opened.map_err(|source| ManifestError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let files: TemplateFiles = serde_json::from_slice(&text).map_err(|source| ManifestError::Form {
+            path: path.clone(),
+            source,
+        })?;
         if files.version != VERSION {
             let reason = format!("it is of version {}, this program reads {VERSION}", files.version);
             return Err(ManifestError::Content { path, reason });
         }
         for artifact in files.artifacts() {
             if Path::new(&artifact.file).file_name() != Some(artifact.file.as_ref()) {
-                return Err(ManifestError::Content { path, reason: "it names a file outside its directory".into() });
+                return Err(ManifestError::Content {
+                    path,
+                    reason: "it names a file outside its directory".into(),
+                });
             }
         }
         Ok(files)
@@ -112,12 +132,37 @@ impl TemplateFiles {
     pub fn verify(&self, directory: &Path) -> Result<(), ManifestError> {
         for artifact in self.artifacts() {
             let path = directory.join(&artifact.file);
-            let found = digest(&path).map_err(|source| ManifestError::Read { path: path.clone(), source })?;
-            if found != (artifact.bytes, artifact.sha256.clone()) {
-                return Err(ManifestError::Content { path, reason: "the file is not the one that was built".into() });
+            let found = digest(&path).map_err(|source| ManifestError::Read {
+                path: path.clone(),
+                source,
+            })?;
+            if found != (artifact.size_bytes, artifact.sha256) {
+                return Err(ManifestError::Content {
+                    path,
+                    reason: "the file is not the one that was built".into(),
+                });
             }
         }
         Ok(())
+    }
+
+    /// The template's content once its files are blobs of a pool.
+    pub fn content(&self) -> Content {
+        let boot = Boot::Direct {
+            kernel: self.kernel.blob(),
+            initrd: self.initrd.blob(),
+            cmdline: self.command_line.clone(),
+        };
+        let disk = Disk {
+            blob: self.disk.blob(),
+            format: self.disk_format,
+            size_bytes: self.disk_size_bytes,
+        };
+        Content {
+            boot,
+            disk: Some(disk),
+            memory_mib_min: self.memory_mib_min,
+        }
     }
 
     /// The kernel, the initramfs, the disk.
@@ -136,11 +181,20 @@ pub(crate) fn write(
     let bytes_total = [KERNEL, INITRD, DISK].into_iter().map(size).sum();
     let mut bytes_done = 0;
     let mut artifact = |file: &str| -> Result<Artifact, BuildError> {
-        progress(Progress { step: Step::Manifest, detail: format!("hashing {file}"), bytes_done, bytes_total });
+        progress(Progress {
+            step: Step::Manifest,
+            detail: format!("hashing {file}"),
+            bytes_done,
+            bytes_total,
+        });
         let path = directory.join(file);
-        let (bytes, sha256) = digest(&path).map_err(failed("read", &path))?;
-        bytes_done += bytes;
-        Ok(Artifact { file: file.into(), bytes, sha256 })
+        let (size_bytes, sha256) = digest(&path).map_err(failed("read", &path))?;
+        bytes_done += size_bytes;
+        Ok(Artifact {
+            file: file.into(),
+            size_bytes,
+            sha256,
+        })
     };
     let files = TemplateFiles {
         version: VERSION,
@@ -150,21 +204,28 @@ pub(crate) fn write(
         initrd: artifact(INITRD)?,
         command_line: BASE_COMMAND_LINE.into(),
         disk: artifact(DISK)?,
-        disk_format: "qcow2".into(),
-        disk_virtual_bytes: DISK_BYTES,
-        memory_bytes_min: 128 << 20,
+        disk_format: Format::Qcow2,
+        disk_size_bytes: DISK_BYTES,
+        memory_mib_min: 128,
     };
     let path = directory.join(MANIFEST);
     let fresh = directory.join("manifest.json.new");
     let text = serde_json::to_vec_pretty(&files).map_err(|error| failed("write", &path)(error.into()))?;
-    std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, &path)).map_err(failed("write", &path))?;
-    progress(Progress { step: Step::Manifest, detail: "done".into(), bytes_done: bytes_total, bytes_total });
+    std::fs::write(&fresh, text)
+        .and_then(|()| std::fs::rename(&fresh, &path))
+        .map_err(failed("write", &path))?;
+    progress(Progress {
+        step: Step::Manifest,
+        detail: "done".into(),
+        bytes_done: bytes_total,
+        bytes_total,
+    });
     Ok(files)
 }
 
 /// Size and SHA-256 of a file.
-fn digest(path: &Path) -> io::Result<(u64, String)> {
+fn digest(path: &Path) -> io::Result<(u64, Digest)> {
     let mut hash = Sha256::new();
     let bytes = io::copy(&mut File::open(path)?, &mut hash)?;
-    Ok((bytes, crate::micro::hex(&hash.finalize())))
+    Ok((bytes, Digest(hash.finalize().into())))
 }

@@ -39,10 +39,18 @@ impl Tree {
     pub(crate) fn open(directory: &Path, busybox: &Path) -> Result<Self, String> {
         let mut files = BTreeMap::new();
         let kernel = directory.join("kernel");
-        walk(&kernel, DIRECTORY_DEPTH_MAX, &mut files).map_err(|error| format!("reading {}: {error}", kernel.display()))?;
+        walk(&kernel, DIRECTORY_DEPTH_MAX, &mut files)
+            .map_err(|error| format!("reading {}: {error}", kernel.display()))?;
         let builtin = std::fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default();
-        let builtin = builtin.lines().filter_map(|line| module_name(line.rsplit('/').next()?)).collect();
-        Ok(Tree { files, builtin, busybox: busybox.into() })
+        let builtin = builtin
+            .lines()
+            .filter_map(|line| module_name(line.rsplit('/').next()?))
+            .collect();
+        Ok(Tree {
+            files,
+            builtin,
+            busybox: busybox.into(),
+        })
     }
 
     /// The guest's modules, each after those it needs.
@@ -70,13 +78,19 @@ impl Tree {
         if !above.insert(name.to_string()) {
             return Err(format!("module {name} depends on itself"));
         }
-        let path = self.files.get(name).ok_or_else(|| format!("it has no module {name}, nor is that built in"))?;
+        let path = self
+            .files
+            .get(name)
+            .ok_or_else(|| format!("it has no module {name}, nor is that built in"))?;
         let content = self.read(path)?;
         for dependency in dependencies(&content) {
             self.pick(&dependency, picked, above)?;
         }
         above.remove(name);
-        picked.push(Module { name: name.to_string(), content });
+        picked.push(Module {
+            name: name.to_string(),
+            content,
+        });
         Ok(())
     }
 
@@ -89,8 +103,15 @@ impl Tree {
         }
         let deadline = Duration::from_secs(30);
         let unpacked = match path.extension().and_then(|ending| ending.to_str()) {
-            Some("xz") => Run::new(&self.busybox.to_string_lossy(), deadline).arg("unxz").arg("-c").arg(path).output(),
-            Some("gz") => Run::new(&self.busybox.to_string_lossy(), deadline).arg("zcat").arg(path).output(),
+            Some("xz") => Run::new(&self.busybox.to_string_lossy(), deadline)
+                .arg("unxz")
+                .arg("-c")
+                .arg(path)
+                .output(),
+            Some("gz") => Run::new(&self.busybox.to_string_lossy(), deadline)
+                .arg("zcat")
+                .arg(path)
+                .output(),
             Some("zst") => Run::new("zstd", deadline).arg("-dcq").arg(path).output(),
             _ => return std::fs::read(path).map_err(|error| cannot(&error)),
         };
@@ -122,11 +143,17 @@ fn walk(directory: &Path, depth_left: usize, files: &mut BTreeMap<String, PathBu
 /// The names after `depends=` in a module's .modinfo section: a string that starts after a NUL byte.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
+    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
     let value = &module[at + KEY.len()..];
     let value = &value[..value.iter().position(|&byte| byte == 0).unwrap_or(0)];
     let names = String::from_utf8_lossy(value);
-    names.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+    names
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -148,10 +175,20 @@ mod tests {
     #[test]
     fn a_module_comes_after_what_it_needs_and_built_in_ones_are_left_out() {
         let (_directory, tree) = tree(
-            &[("virtio_pci", "virtio,virtio-ring"), ("virtio", ""), ("virtio-ring", "virtio"), ("virtio_net", "virtio")],
+            &[
+                ("virtio_pci", "virtio,virtio-ring"),
+                ("virtio", ""),
+                ("virtio-ring", "virtio"),
+                ("virtio_net", "virtio"),
+            ],
             "kernel/drivers/block/virtio_blk.ko\n",
         );
-        let names: Vec<String> = tree.in_loading_order().unwrap().into_iter().map(|module| module.name).collect();
+        let names: Vec<String> = tree
+            .in_loading_order()
+            .unwrap()
+            .into_iter()
+            .map(|module| module.name)
+            .collect();
         assert_eq!(names, ["virtio", "virtio_ring", "virtio_pci", "virtio_net"]);
     }
 

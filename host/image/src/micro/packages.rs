@@ -12,8 +12,12 @@ use std::time::Duration;
 const FETCH_DEADLINE: Duration = Duration::from_secs(600);
 const QUERY_DEADLINE: Duration = Duration::from_secs(60);
 /// Packages that depend on the newest kernel, the smallest first: Debian's cloud kernel, Ubuntu's, any.
-const KERNEL_PACKAGES: [&str; 4] =
-    ["linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic"];
+const KERNEL_PACKAGES: [&str; 4] = [
+    "linux-image-cloud-amd64",
+    "linux-image-virtual",
+    "linux-image-amd64",
+    "linux-image-generic",
+];
 
 /// A kernel to build with.
 #[derive(Clone, Debug)]
@@ -93,7 +97,9 @@ pub(crate) fn kernel(sources: &Sources, progress: &mut dyn FnMut(Progress)) -> R
         return Ok(kernel);
     }
     match fetch_kernel(&sources.cache, &cache, progress) {
-        Ok(()) => newest(&cache).ok_or(SourceError::NoModules { path: cache.join("lib/modules") }),
+        Ok(()) => newest(&cache).ok_or(SourceError::NoModules {
+            path: cache.join("lib/modules"),
+        }),
         Err(error) => newest(Path::new("/")).ok_or(error),
     }
 }
@@ -106,7 +112,10 @@ pub(crate) fn busybox(sources: &Sources, progress: &mut dyn FnMut(Progress)) -> 
     if let Some(path) = &sources.busybox {
         return std::fs::metadata(path)
             .map(|_| path.clone())
-            .map_err(|source| SourceError::Given { path: path.clone(), source });
+            .map_err(|source| SourceError::Given {
+                path: path.clone(),
+                source,
+            });
     }
     let cache = sources.cache.join("busybox");
     let places = ["/usr/bin/busybox", "/bin/busybox"];
@@ -115,7 +124,13 @@ pub(crate) fn busybox(sources: &Sources, progress: &mut dyn FnMut(Progress)) -> 
     if let Some(found) = all().find(|path| is_static(path)) {
         return Ok(found);
     }
-    fetch(&sources.cache, &["busybox-static".into()], &cache, Step::Busybox, progress)?;
+    fetch(
+        &sources.cache,
+        &["busybox-static".into()],
+        &cache,
+        Step::Busybox,
+        progress,
+    )?;
     all().find(|path| is_static(path)).ok_or(SourceError::Given {
         path: cache,
         source: io::Error::new(io::ErrorKind::NotFound, "busybox-static has no static busybox"),
@@ -123,29 +138,47 @@ pub(crate) fn busybox(sources: &Sources, progress: &mut dyn FnMut(Progress)) -> 
 }
 
 fn given(image: &Path, modules: &Path) -> Result<Kernel, SourceError> {
-    std::fs::metadata(image).map_err(|source| SourceError::Given { path: image.into(), source })?;
+    std::fs::metadata(image).map_err(|source| SourceError::Given {
+        path: image.into(),
+        source,
+    })?;
     let release = modules.file_name().filter(|_| modules.join("kernel").is_dir());
     let release = release.ok_or_else(|| SourceError::NoModules { path: modules.into() })?;
-    Ok(Kernel { image: image.into(), modules: modules.into(), release: release.to_string_lossy().into_owned() })
+    Ok(Kernel {
+        image: image.into(),
+        modules: modules.into(),
+        release: release.to_string_lossy().into_owned(),
+    })
 }
 
 /// The kernel of the highest release that has both an image and modules under `root`.
 fn newest(root: &Path) -> Option<Kernel> {
     let modules = ["lib/modules", "usr/lib/modules"].map(|place| root.join(place));
-    let releases = modules.iter().filter_map(|place| std::fs::read_dir(place).ok()).flatten().flatten();
+    let releases = modules
+        .iter()
+        .filter_map(|place| std::fs::read_dir(place).ok())
+        .flatten()
+        .flatten();
     let kernels = releases.filter_map(|entry| {
         let release = entry.file_name().into_string().ok()?;
         let image = root.join("boot").join(format!("vmlinuz-{release}"));
         // On Ubuntu only root may read installed kernels: then they are no help.
         std::fs::File::open(&image).ok()?;
-        entry.path().join("kernel").is_dir().then(|| Kernel { image, modules: entry.path(), release })
+        entry.path().join("kernel").is_dir().then(|| Kernel {
+            image,
+            modules: entry.path(),
+            release,
+        })
     });
     kernels.max_by_key(|kernel| version_key(&kernel.release))
 }
 
 /// The numbers of a release in order, so that 6.12 is more than 6.1.
 fn version_key(release: &str) -> Vec<u64> {
-    release.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+    release
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|number| number.parse().ok())
+        .collect()
 }
 
 /// A program that has no dynamic loader: the initramfs has none. Looks for the loader's path in the file, as `PT_INTERP`
@@ -158,7 +191,9 @@ fn is_static(path: &Path) -> bool {
 
 /// Downloads and unpacks the first kernel that apt offers, with its modules.
 fn fetch_kernel(cache: &Path, target: &Path, progress: &mut dyn FnMut(Progress)) -> Result<(), SourceError> {
-    let image = KERNEL_PACKAGES.iter().find_map(|package| depends(package, "linux-image-"));
+    let image = KERNEL_PACKAGES
+        .iter()
+        .find_map(|package| depends(package, "linux-image-"));
     let image = image.ok_or(SourceError::NoKernel)?;
     // Ubuntu keeps the modules in a package of their own.
     let modules = depends(&image, "linux-modules-");
@@ -168,7 +203,10 @@ fn fetch_kernel(cache: &Path, target: &Path, progress: &mut dyn FnMut(Progress))
 
 /// The first dependency of `package` that begins with `prefix` and a digit.
 fn depends(package: &str, prefix: &str) -> Option<String> {
-    let query = Run::new("apt-cache", QUERY_DEADLINE).arg("depends").arg("--important").arg(package);
+    let query = Run::new("apt-cache", QUERY_DEADLINE)
+        .arg("depends")
+        .arg("--important")
+        .arg(package);
     let answer = String::from_utf8(query.output().ok()?).ok()?;
     let names = answer.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
     let mut wanted = names.filter(|name| {
@@ -212,33 +250,60 @@ fn fetch_into(
     let bytes_total = packages.iter().map(|package| download_bytes(package)).sum();
     let mut bytes_done = 0;
     for package in packages {
-        progress(Progress { step, detail: format!("downloading {package}"), bytes_done, bytes_total });
+        progress(Progress {
+            step,
+            detail: format!("downloading {package}"),
+            bytes_done,
+            bytes_total,
+        });
         Run::new("apt-get", FETCH_DEADLINE)
             .arg("download")
             .arg("-q")
             .arg(package)
             .directory(scratch)
             .output()
-            .map_err(|source| SourceError::Download { package: package.clone(), source })?;
+            .map_err(|source| SourceError::Download {
+                package: package.clone(),
+                source,
+            })?;
         bytes_done += download_bytes(package);
     }
-    progress(Progress { step, detail: "unpacking".into(), bytes_done, bytes_total });
+    progress(Progress {
+        step,
+        detail: "unpacking".into(),
+        bytes_done,
+        bytes_total,
+    });
     let root = scratch.join("root");
-    let archives = std::fs::read_dir(scratch).map_err(|source| SourceError::Cache { path: scratch.into(), source })?;
-    for archive in archives.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "deb")) {
+    let archives = std::fs::read_dir(scratch).map_err(|source| SourceError::Cache {
+        path: scratch.into(),
+        source,
+    })?;
+    for archive in archives
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "deb"))
+    {
         let package = archive.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let unpack = Run::new("dpkg-deb", FETCH_DEADLINE).arg("-x").arg(&archive).arg(&root);
-        unpack.output().map_err(|source| SourceError::Unpack { package, source })?;
+        unpack
+            .output()
+            .map_err(|source| SourceError::Unpack { package, source })?;
     }
     Ok(())
 }
 
 /// The size of a package as apt's index has it; 0 when it does not say.
 fn download_bytes(package: &str) -> u64 {
-    let query = Run::new("apt-cache", QUERY_DEADLINE).arg("show").arg("--no-all-versions").arg(package);
+    let query = Run::new("apt-cache", QUERY_DEADLINE)
+        .arg("show")
+        .arg("--no-all-versions")
+        .arg(package);
     let answer = query.output().unwrap_or_default();
     let text = String::from_utf8_lossy(&answer);
-    text.lines().find_map(|line| line.strip_prefix("Size: ")?.trim().parse().ok()).unwrap_or(0)
+    text.lines()
+        .find_map(|line| line.strip_prefix("Size: ")?.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -270,7 +335,13 @@ mod tests {
 
     #[test]
     fn a_given_kernel_without_modules_is_refused() {
-        let sources = Sources { kernel: Some(("/bin/sh".into(), "/tmp".into())), ..Sources::found("/nonexistent") };
-        assert!(matches!(kernel(&sources, &mut |_| ()), Err(SourceError::NoModules { .. })));
+        let sources = Sources {
+            kernel: Some(("/bin/sh".into(), "/tmp".into())),
+            ..Sources::found("/nonexistent")
+        };
+        assert!(matches!(
+            kernel(&sources, &mut |_| ()),
+            Err(SourceError::NoModules { .. })
+        ));
     }
 }
