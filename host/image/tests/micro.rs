@@ -72,7 +72,7 @@ impl Guest {
             ])
             .args([
                 "-netdev",
-                "user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:0-:80,hostfwd=udp:127.0.0.1:0-:7",
+                "user,id=n,hostfwd=tcp:127.0.0.1:0-:80,hostfwd=udp:127.0.0.1:0-:7",
             ])
             .args([
                 "-device",
