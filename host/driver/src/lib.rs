@@ -92,6 +92,9 @@ pub enum Action {
     /// Source: send the memory to the socket [`OUTGOING_SOCKET`]. Legal when no copy is under way. Answered by
     /// [`Happened::Copying`] again and again, then [`Happened::Copied`] or [`Happened::CopyFailed`].
     Copy(CopyLimits),
+    /// Source, after an adoption: tell of the copy that is under way. Answered as [`Action::Copy`] is; by [`Happened::CopyFailed`]
+    /// when none was begun.
+    Attend,
     /// Source: give the copy up. Legal always; done when there is none. Answered by [`Happened::CopyFailed`], or by
     /// [`Happened::Copied`] when it came too late.
     CancelCopy,
@@ -118,10 +121,8 @@ pub const SERIAL_SOCKET: &str = "serial.sock";
 /// What happened to a VM's process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happened {
-    /// The process is there and answers. `adopted` with its condition after the agent restarted.
+    /// The process is there and answers: just started, or found again after the agent restarted.
     Up {
-        /// The process.
-        process: Process,
         /// What its guest does.
         condition: Condition,
     },
