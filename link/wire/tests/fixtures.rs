@@ -2,7 +2,11 @@
 //!
 //! `GODWIT_NEW_FIXTURES=1 cargo test -p wire --test fixtures` writes those that are missing. One that is there is never
 //! overwritten: other builds send such bytes.
-#![allow(clippy::unwrap_used, reason = "the helpers of tests may panic as tests do")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "the helpers of tests may panic as tests do"
+)]
 
 mod samples;
 
