@@ -29,7 +29,7 @@ use clap::{Args, Parser, Subcommand};
 use checks::Step;
 use setup::{NeedsConsent, Purpose};
 
-/// Packages are missing and there was nobody to ask.
+/// Packages are missing and there was no yes to install them.
 const EXIT_NEEDS_CONSENT: u8 = 3;
 
 #[derive(Parser)]
@@ -42,8 +42,7 @@ struct Cli {
     yes: bool,
 }
 
-const EXIT_CODES: &str =
-    "Exit codes: 0 well; 1 something failed; 2 wrong arguments; 3 packages are missing and nobody was there to ask.";
+const EXIT_CODES: &str = "Exit codes: 0 well; 1 something failed; 2 wrong arguments; 3 packages are missing and there was no yes to install them.";
 
 #[derive(Subcommand)]
 enum Task {

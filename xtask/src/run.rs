@@ -79,17 +79,29 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
 /// Runs a command and returns what it printed.
 ///
 /// # Errors
-/// When it cannot be started or ends with a failure; the message carries what it printed on standard error.
+/// When it cannot be started or ends with a failure; the message carries the last lines it printed.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("cannot start `{}`", line(command)))?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("`{}` ended with {}: {}", line(command), output.status, said.trim());
+        // Apt writes its reasons to standard output: the last lines of both.
+        let said: Vec<_> = [&output.stdout, &output.stderr].map(|text| tail(text, 4)).into();
+        bail!(
+            "`{}` ended with {}: {}",
+            line(command),
+            output.status,
+            said.join("\n").trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn tail(text: &[u8], count: usize) -> String {
+    let text = String::from_utf8_lossy(text);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
 /// Runs a command, passes its standard output through, and shows each line of it to `see`.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::apt::{self, Sources};
+use crate::apt::{self, Plan, Sources};
 use crate::run::{capture, find, target_dir};
 use crate::setup::{major_minor, qemu_version};
 
@@ -104,7 +104,8 @@ fn other_version(system: &str) -> Result<Option<(Sources, String)>> {
 }
 
 fn unpack(sources: &Sources, version: &str, dir: &Path) -> Result<()> {
-    let work = dir.with_extension("part");
+    let name = dir.file_name().context("the folder has a name")?.to_string_lossy();
+    let work = dir.with_file_name(format!("{name}.part"));
     if work.exists() {
         fs::remove_dir_all(&work)?;
     }
@@ -112,13 +113,7 @@ fn unpack(sources: &Sources, version: &str, dir: &Path) -> Result<()> {
     fs::create_dir_all(&debs)?;
     fs::create_dir_all(&tree)?;
 
-    // On a system without QEMU, what would be installed is QEMU and the libraries that are missing here.
-    let status = work.join("status");
-    fs::write(
-        &status,
-        without_qemu(&fs::read_to_string(apt::config("Dir::State::status/f")?)?),
-    )?;
-    let plan = sources.simulate_on(&[format!("{PACKAGE}={version}")], Some(&status))?;
+    let plan = needed(sources, version, &work.join("status"))?;
     let wanted: Vec<_> = plan
         .install
         .into_iter()
@@ -143,6 +138,21 @@ fn unpack(sources: &Sources, version: &str, dir: &Path) -> Result<()> {
         fs::remove_dir_all(dir)?;
     }
     fs::rename(&work, dir).with_context(|| format!("cannot rename {}", work.display()))
+}
+
+/// What apt would install on this system if it had no QEMU: QEMU and the libraries that are missing here. Where
+/// installed libraries are newer than the other version allows (backports), all libraries come along instead.
+fn needed(sources: &Sources, version: &str, status: &Path) -> Result<Plan> {
+    let package = [format!("{PACKAGE}={version}")];
+    let installed = fs::read_to_string(apt::config("Dir::State::status/f")?)?;
+    fs::write(status, without_qemu(&installed))?;
+    match sources.simulate_on(&package, Some(status)) {
+        Ok(plan) if plan.remove.is_empty() => Ok(plan),
+        _ => {
+            fs::write(status, "")?;
+            sources.simulate_on(&package, Some(status))
+        }
+    }
 }
 
 /// Everything is found relative to the wrapper, so the folder can be moved. `exec` keeps the process id.

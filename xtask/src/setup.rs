@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use crate::apt::{self, Plan, Sources};
 use crate::run::{capture, cargo, find, is_root, line, run, succeeds};
 
 /// What is about to run; it decides which programs are needed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Purpose {
     /// `cargo xtask demo`
     Demo,
@@ -35,7 +36,7 @@ impl fmt::Display for NeedsConsent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "packages are missing and nobody is here to ask; run this, then the same command again:\n  {}",
+            "packages are missing and need root to install; run this, then the same command again:\n  {}",
             self.line
         )
     }
@@ -195,7 +196,7 @@ pub(crate) fn ensure(purpose: Purpose, yes: bool) -> Result<()> {
     let mut packages: Vec<String> = missing.iter().map(|one| one.program.package.to_owned()).collect();
     packages.sort();
     packages.dedup();
-    install(&packages, yes)?;
+    install(purpose, &packages, yes)?;
     let still: Vec<String> = look(purpose)
         .iter()
         .filter_map(|one| Some(format!("{}: {}", one.program.name, one.state.as_ref().err()?)))
@@ -336,42 +337,61 @@ fn needs_interpreter(bytes: &[u8]) -> Option<bool> {
     Some(false)
 }
 
-fn install(packages: &[String], yes: bool) -> Result<()> {
+fn install(purpose: Purpose, packages: &[String], yes: bool) -> Result<()> {
     if !apt::is_here() {
-        bail!(
-            "these packages are missing, and this system has no apt to install them: {}",
-            packages.join(" ")
-        );
+        let all = packages.join(" ");
+        bail!("these packages are missing, and this system has no apt to install them: {all}");
     }
-    let calls = match plan(packages) {
-        Err(error) if apt::lists_are_old(&error.to_string()) => {
-            as_root(vec![apt::update()], yes)?;
-            plan(packages).map_err(explained)?
-        }
-        other => other.map_err(explained)?,
-    };
-    let commands = || {
-        calls
-            .iter()
-            .map(|(sources, packages)| sources.install(packages))
-            .collect()
-    };
-    match as_root(commands(), yes) {
-        Err(error) if error.downcast_ref::<NeedsConsent>().is_none() => {
-            // Lists older than the mirror name files that are gone: new lists, once more.
-            println!("setup: {error:#}; once more with new package lists");
-            as_root(vec![apt::update()], yes)?;
-            let calls = plan(packages).map_err(explained)?;
-            as_root(
-                calls
-                    .iter()
-                    .map(|(sources, packages)| sources.install(packages))
-                    .collect(),
-                yes,
-            )
+    if !is_root() {
+        return install_through_sudo(purpose, packages, yes);
+    }
+    let planned = match plan(packages) {
+        Err(error) if apt::lists_are_old(&format!("{error:#}")) => {
+            run_shown(&mut apt::update()).and_then(|()| plan(packages))
         }
         other => other,
+    };
+    if let Err(error) = planned.map_err(explained)?.into_iter().try_for_each(run_call) {
+        // Lists older than the mirror name files that are gone: new lists, once more.
+        println!("setup: {error:#}; once more with new package lists");
+        run_shown(&mut apt::update())?;
+        return plan(packages).map_err(explained)?.into_iter().try_for_each(run_call);
     }
+    Ok(())
+}
+
+fn run_call((sources, packages): (Sources, Vec<String>)) -> Result<()> {
+    run_shown(&mut sources.install(&packages))
+}
+
+fn run_shown(command: &mut Command) -> Result<()> {
+    println!("setup: {}", line(command));
+    run(command)
+}
+
+/// One line with sudo, after a yes: apt itself where one plain call does it, else this program as root, which brings
+/// the lists up to date or adds backports for one call.
+fn install_through_sudo(purpose: Purpose, packages: &[String], yes: bool) -> Result<()> {
+    let plain = Sources::system();
+    let mut command = match plain.simulate(packages).and_then(|plan| harmless(&plan, packages)) {
+        Ok(()) => with_sudo(&plain.install(packages)),
+        Err(_) => {
+            println!(
+                "setup: {} need new package lists or backports; as root this program sees to it",
+                packages.join(", ")
+            );
+            let mut sudo = Command::new("sudo");
+            sudo.arg(std::env::current_exe().context("cannot tell where this program is")?);
+            let value = purpose.to_possible_value().context("every purpose has a name")?;
+            sudo.args(["setup", value.get_name()]);
+            sudo
+        }
+    };
+    let shown = line(&command);
+    println!("setup: {shown}");
+    consent(&shown, yes)?;
+    run(&mut command)
+        .context("if apt's lists are older than its mirror: `sudo apt-get update`, then the same command again")
 }
 
 /// Which calls of apt bring these packages without taking anything away.
@@ -423,20 +443,6 @@ fn explained(error: anyhow::Error) -> anyhow::Error {
         return error.context("apt cannot install what is missing: `universe` is not among its sources; run `sudo add-apt-repository universe`");
     }
     error.context("apt cannot install what is missing; nothing was changed")
-}
-
-fn as_root(commands: Vec<Command>, yes: bool) -> Result<()> {
-    let mut commands: Vec<Command> = if is_root() {
-        commands
-    } else {
-        commands.iter().map(with_sudo).collect()
-    };
-    let shown = commands.iter().map(line).collect::<Vec<_>>().join(" && ");
-    println!("setup: {shown}");
-    if !is_root() {
-        consent(&shown, yes)?;
-    }
-    commands.iter_mut().try_for_each(run)
 }
 
 fn with_sudo(command: &Command) -> Command {
