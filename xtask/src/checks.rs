@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+use crate::launch::BINARY;
 use crate::run::{capture, cargo, find, is_root, run, sudo_is_silent, target_dir, watch};
 use crate::second_qemu::{Second, VARIABLE, second_qemu};
 use crate::setup::{self, Purpose};
@@ -216,7 +217,7 @@ fn end_to_end(tally: &mut Tally) -> Result<()> {
         command
             .arg("--test-threads=1")
             .current_dir(&program.dir)
-            .env("GODWIT_BIN", &godwit);
+            .env(BINARY, &godwit);
         command.env("CARGO_MANIFEST_DIR", &program.dir);
         if !is_root() {
             command = through_sudo(&command, &target_dir()?.join("left-out.txt"))?;

@@ -1,14 +1,18 @@
 //! Building and starting the demo and the benchmarks.
 
+use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::run::{cargo, find, is_root, line, run, target_dir};
+use crate::run::{cargo, find, is_root, line, root, run, target_dir};
 use crate::second_qemu::{Second, VARIABLE, second_qemu};
 use crate::setup::{self, Purpose};
+
+/// The environment variable by which tests and benchmarks find the built `godwit`.
+pub(crate) const BINARY: &str = "GODWIT_BIN";
 
 /// Sets up, builds Godwit and the demo, and becomes the demo.
 ///
@@ -22,26 +26,23 @@ pub(crate) fn demo(words: &[String], yes: bool) -> Result<()> {
     become_root_and_exec(program)
 }
 
-/// Sets up, builds Godwit and the benchmarks, and becomes the one that was named.
+/// Sets up, builds Godwit and the benchmark that was named, and becomes it. Each benchmark is a program of the crate
+/// `bench`, so that one which is being written does not stop the others.
 ///
 /// # Errors
-/// When something is missing, does not build or does not start.
+/// When there is no such benchmark; when something is missing, does not build or does not start.
 pub(crate) fn bench(name: &str, install: bool, words: &[String], yes: bool) -> Result<()> {
+    let known = benchmarks(&root().join("proof/bench/src/bin"))?;
+    if !known.iter().any(|one| one == name) {
+        bail!("there is no benchmark {name}; there is: {}", known.join(", "));
+    }
     // `--install` may also stand behind the name, among the words that are handed on.
-    let (install_words, words): (Vec<&String>, Vec<&String>) = words.iter().partition(|word| *word == "--install");
-    let purpose = if install || !install_words.is_empty() {
-        Purpose::Peers
-    } else {
-        Purpose::Bench
-    };
-    setup::ensure(purpose, yes)?;
+    let (asked, words): (Vec<&String>, Vec<&String>) = words.iter().partition(|word| *word == "--install");
+    let peers = install || !asked.is_empty();
+    setup::ensure(if peers { Purpose::Peers } else { Purpose::Bench }, yes)?;
     let release = build(&["godwit", "e2e", "bench"])?;
-    let mut program = Command::new(release.join("bench"));
-    program
-        .arg(name)
-        .args(words)
-        .arg("--godwit")
-        .arg(release.join("godwit"));
+    let mut program = Command::new(release.join(name));
+    program.args(words).env(BINARY, release.join("godwit"));
     match second_qemu()? {
         Second::Here(dir, _) => drop(program.env(VARIABLE, dir)),
         Second::CannotBeHad(why) => println!("bench: no other QEMU: {why}"),
@@ -49,7 +50,19 @@ pub(crate) fn bench(name: &str, install: bool, words: &[String], yes: bool) -> R
     become_root_and_exec(program)
 }
 
-fn build(packages: &[&str]) -> Result<std::path::PathBuf> {
+/// The benchmarks' names: one source file each.
+fn benchmarks(folder: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut names: Vec<String> = files
+        .filter(|file| file.extension().is_some_and(|ending| ending == "rs"))
+        .filter_map(|file| Some(file.file_stem()?.to_str()?.to_owned()))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+fn build(packages: &[&str]) -> Result<PathBuf> {
     for package in packages {
         println!("build: {package}");
         run(cargo().args(["build", "--locked", "--release", "-p", package]))?;
@@ -84,4 +97,16 @@ fn become_root_and_exec(mut program: Command) -> Result<()> {
     sudo.arg(program.get_program()).args(program.get_args());
     println!("  {}", line(&sudo));
     Err(sudo.exec()).context("cannot start sudo")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_benchmark_that_is_not_there_is_refused_with_those_that_are() {
+        let error = bench("no-such-benchmark", false, &[], false).unwrap_err().to_string();
+        let known = benchmarks(&root().join("proof/bench/src/bin")).unwrap();
+        assert!(error.ends_with(&known.join(", ")) && !known.is_empty(), "{error}");
+    }
 }

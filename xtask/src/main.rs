@@ -3,7 +3,7 @@
 //! ```text
 //!   cargo xtask NAME
 //!        |
-//!        +-- setup --> apt (simulate, then install)      demo, bench --> target/release/{demo,bench}
+//!        +-- setup --> apt (simulate, then install)      demo, bench --> target/release/{demo,NAME}
 //!        +-- qemu ---> second_qemu (unpack, never install)
 //!        +-- test ---> fmt, tidy, clippy, deny, unit, sim, e2e
 //! ```
