@@ -311,8 +311,8 @@ pub enum Happening {
     Released,
     /// Destination: it is here for good, running or paused as its user wanted.
     Activated {
-        /// When its guest ran here, by this host's wall clock, ms since 1970.
-        resumed_at_ms: i64,
+        /// When its guest ran here, by this host's wall clock, ms since 1970; `None` when it stands, or after a restart.
+        resumed_at_ms: Option<i64>,
     },
     /// Destination: it will never be here under these terms.
     Voided {
@@ -333,8 +333,8 @@ pub enum Happening {
     TornDown {
         /// What the source measured.
         receipt: Box<Receipt>,
-        /// When its guest stood, by this host's wall clock, ms since 1970.
-        stopped_at_ms: i64,
+        /// When its guest stood, by this host's wall clock, ms since 1970; `None` after a restart.
+        stopped_at_ms: Option<i64>,
     },
     /// Both: who has it cannot be known from this host's journal; nothing may run before both hosts were fenced or rebooted.
     Unknown {

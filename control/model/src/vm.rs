@@ -18,6 +18,8 @@
 //!
 //! *Seen* and *asked for* are apart: a lost host changes neither; it is an alarm at the host.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -104,6 +106,10 @@ pub struct VmStatus {
     /// The terms under which it is being moved, stored before its guest can stop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moving: Option<Terms>,
+    /// Hosts of those terms on which, by their own word or by a reboot, nothing of it is left. It may be started anew, or moved
+    /// again, only when the other copy is known to be gone.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub cleared: BTreeSet<HostId>,
 }
 
 /// The state of a VM.

@@ -1,0 +1,695 @@
+//! A VM that moves: the two roles of a hand-over on this host, around the pure rules of `handover`.
+
+use driver::{Action, Condition, CopyCost, CopyLimits, CopyState, Happened, Mode};
+use handover::{Destination, DestinationEffect, DestinationInput, Source, SourceEffect, SourceInput};
+use model::{
+    Code, Definition, Message, Millis, Receipt, Refusal, Round, Terms,
+    operation::Progress,
+    order::{Endpoint, Happening},
+    vm::Power,
+};
+
+use crate::{
+    effect::{Effect, Peer, Timer, Tunnel, TunnelEvent},
+    saved::{Decision, Role},
+    task::Task,
+};
+
+/// What a hand-over needs besides its journalled state. A restarted agent does without: the receipt is poorer then.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Move {
+    /// Destination: the process waits for the stream.
+    listening: bool,
+    /// Destination: where the tunnel listens.
+    tunnel_port: Option<u16>,
+    /// Source: the copy has been asked for.
+    copying: bool,
+    /// Source: rounds that ended.
+    rounds: Vec<Round>,
+    /// Source: what the copy cost.
+    cost: Option<CopyCost>,
+    /// Source: bytes on the wire.
+    wire_bytes: Option<u64>,
+    /// Source: when the guest stood.
+    stopped_at_ms: Option<i64>,
+    /// Source: the destination has it; the process is to end once its figures are in.
+    tearing_down: bool,
+}
+
+/// Most rounds that a receipt keeps.
+const ROUNDS_MAX: usize = 200;
+/// Between two sayings of the same word.
+const RESEND: Millis = Millis(200);
+/// How long the last words may take on the tunnel once it is over.
+const LINGER: Millis = Millis::seconds(1);
+/// What the destination allows beyond the source's own deadline.
+const MARGIN: Millis = Millis::seconds(30);
+/// The standstill aimed at.
+const DOWNTIME_AIM: Millis = Millis(10);
+/// The longest standstill that a guest which keeps writing is given in the end.
+const DOWNTIME_MAX: Millis = Millis::seconds(2);
+/// So little is left that it is sent in no time, whatever the speed is.
+const TRIFLE_BYTES: u64 = 256 * 1024;
+
+/// Whether what is left is sent within the standstill that is allowed by now: [`DOWNTIME_AIM`] for three rounds, then twice as much
+/// with each round, up to [`DOWNTIME_MAX`]. A guest that writes as fast as the link takes thus ends too, with a longer standstill.
+#[must_use]
+pub fn nearly_done(copy: &CopyState) -> bool {
+    let doublings = copy.round.saturating_sub(3).min(20);
+    let allowed_ms = (DOWNTIME_AIM.0 << doublings).min(DOWNTIME_MAX.0);
+    let fits = copy.bytes_per_s.saturating_mul(allowed_ms) / 1000;
+    copy.round > 1 && copy.remaining_bytes <= fits.max(TRIFLE_BYTES)
+}
+
+impl Task {
+    pub(crate) fn receive(&mut self, terms: Terms, definition: Box<Definition>) -> Vec<Effect> {
+        if terms.destination_boot != self.boot || terms.destination != self.host {
+            return self.answer_refused(Refusal::new(
+                Code::Stale,
+                format!(
+                    "VM {}: this host has rebooted since it was chosen; migrate again",
+                    terms.vm
+                ),
+            ));
+        }
+        if self.up.is_some() {
+            return self.answer_refused(Refusal::new(
+                Code::WrongState,
+                format!("VM {} is on this host", terms.vm),
+            ));
+        }
+        let allowed = Millis(terms.deadline.0 + MARGIN.0);
+        self.saved.definition = Some(definition);
+        self.saved.power = if terms.run { Power::On } else { Power::Paused };
+        self.saved.role = Role::Destination {
+            terms: Box::new(terms.clone()),
+            state: Destination::begin(),
+        };
+        self.moving = Move::default();
+        let tunnel = Effect::Tunnel(Tunnel::Listen(Box::new(terms)));
+        vec![
+            Effect::Save,
+            tunnel,
+            self.prepare(Mode::Wait),
+            Effect::Set(Timer::Deadline, allowed),
+        ]
+    }
+
+    pub(crate) fn send(&mut self, terms: Terms, to: Endpoint) -> Vec<Effect> {
+        if terms.source_boot != self.boot || terms.source != self.host || self.up.is_none() {
+            return self.answer_refused(Refusal::new(
+                Code::WrongState,
+                format!(
+                    "VM {} no longer runs on this host as it did when the move began",
+                    terms.vm
+                ),
+            ));
+        }
+        let deadline = terms.deadline;
+        let dial = Effect::Tunnel(Tunnel::Dial(Box::new(terms.clone()), to.clone()));
+        self.saved.role = Role::Source {
+            terms: Box::new(terms),
+            to,
+            state: Source::begin(),
+        };
+        self.moving = Move::default();
+        vec![Effect::Save, dial, Effect::Set(Timer::Deadline, deadline)]
+    }
+
+    pub(crate) fn cancel(&mut self, terms: &Terms) -> Vec<Effect> {
+        let reason = Refusal::new(Code::Cancelled, "it was cancelled");
+        match &self.saved.role {
+            Role::Source { terms: mine, .. } if mine.granted == terms.granted => {
+                self.source(SourceInput::GiveUp { reason })
+            }
+            Role::Destination { terms: mine, .. } if mine.granted == terms.granted => {
+                self.destination(DestinationInput::GiveUp { reason: reason.message })
+            }
+            // It is over here: say again how it ended.
+            _ => vec![self.report(self.observed().what)],
+        }
+    }
+
+    /// What the inventory says of a VM that moves.
+    pub(crate) fn observed_moving(&self) -> Happening {
+        match &self.saved.role {
+            Role::Source {
+                state: Source::Released | Source::HandedOver,
+                ..
+            } => Happening::Released,
+            Role::Source {
+                state: Source::Unknown, ..
+            }
+            | Role::Destination {
+                state: Destination::Unknown,
+                ..
+            } => Happening::Unknown {
+                reason: REBOOTED.to_owned(),
+            },
+            Role::Destination {
+                state: Destination::Run,
+                ..
+            } => Happening::Activated { resumed_at_ms: None },
+            Role::Destination { .. } => match self.moving.tunnel_port {
+                Some(tunnel_port) => Happening::Receiving { tunnel_port },
+                None => Happening::Removed,
+            },
+            _ if self.moving.stopped_at_ms.is_some() => Happening::Stopped,
+            _ => Happening::Copying,
+        }
+    }
+
+    /// Steps the source's rules and carries out what they say.
+    fn source(&mut self, input: SourceInput) -> Vec<Effect> {
+        let Role::Source { state, .. } = &mut self.saved.role else {
+            return vec![];
+        };
+        let effects = state.step(input);
+        effects
+            .into_iter()
+            .flat_map(|effect| self.source_effect(effect))
+            .collect()
+    }
+
+    fn source_effect(&mut self, effect: SourceEffect) -> Vec<Effect> {
+        let Role::Source { terms, state, .. } = &self.saved.role else {
+            return vec![];
+        };
+        match effect {
+            SourceEffect::Journal => match state {
+                Source::Released => vec![Effect::Save, self.report(Happening::Released)],
+                _ => vec![Effect::Save],
+            },
+            SourceEffect::Stand => vec![Effect::Act(Action::Stand)],
+            SourceEffect::CancelCopy if self.moving.copying => vec![Effect::Act(Action::CancelCopy)],
+            SourceEffect::CancelCopy => self.source(SourceInput::CopyFailed {
+                reason: Refusal::new(Code::Cancelled, "it was cancelled"),
+            }),
+            SourceEffect::Say(message) => {
+                let word = Peer {
+                    host: terms.destination,
+                    granted: terms.granted,
+                    message,
+                };
+                vec![Effect::Say(word), Effect::Set(Timer::Resend, RESEND)]
+            }
+            SourceEffect::Resume if self.up.is_some() && self.wants_run() => {
+                vec![Effect::OpenPorts, Effect::Act(Action::Run)]
+            }
+            SourceEffect::Announce if self.up.is_some() => vec![Effect::Act(Action::Announce)],
+            SourceEffect::Resume | SourceEffect::Announce => vec![],
+            SourceEffect::TearDown => self.tear_down(),
+            SourceEffect::TooLate => vec![self.report(Happening::TooLate)],
+            SourceEffect::Over => self.source_over(),
+        }
+    }
+
+    /// The VM stays, or has come back.
+    fn source_over(&mut self) -> Vec<Effect> {
+        let Role::Source { terms, state, .. } = &self.saved.role else {
+            return vec![];
+        };
+        let what = match state {
+            Source::Kept { reason } => Happening::Kept { reason: reason.clone() },
+            Source::Reclaimed => {
+                self.saved.generation = terms.reclaimed;
+                Happening::Reclaimed {
+                    reason: "the destination could not run it".to_owned(),
+                }
+            }
+            _ => return vec![],
+        };
+        self.saved.role = Role::Holder;
+        let mut effects = vec![
+            Effect::Stop(Timer::Deadline),
+            Effect::Stop(Timer::Resend),
+            Effect::Tunnel(Tunnel::Close),
+        ];
+        effects.extend(self.answer(what));
+        if self.up.is_none() {
+            effects.extend(self.off("it died while it was being moved".to_owned()));
+        }
+        effects
+    }
+
+    /// Nothing may be left here; but the copy's last figures are worth a moment.
+    fn tear_down(&mut self) -> Vec<Effect> {
+        self.moving.tearing_down = true;
+        self.saved.power = Power::Off;
+        let mut effects = vec![Effect::Stop(Timer::Deadline), Effect::Stop(Timer::Resend)];
+        match (self.up, self.moving.cost, self.moving.copying) {
+            (None, _, _) => effects.extend(self.torn_down()),
+            (Some(_), None, true) => effects.push(Effect::Set(Timer::Linger, LINGER)),
+            (Some(_), _, _) => effects.push(Effect::Act(Action::Kill)),
+        }
+        effects
+    }
+
+    /// The process is dead; the receipt waits for the tunnel's figures.
+    fn torn_down(&mut self) -> Vec<Effect> {
+        if self.moving.wire_bytes.is_none() {
+            return vec![Effect::Set(Timer::Linger, LINGER), Effect::Tunnel(Tunnel::Close)];
+        }
+        self.finish_teardown()
+    }
+
+    fn finish_teardown(&mut self) -> Vec<Effect> {
+        let cost = self.moving.cost.unwrap_or_default();
+        let receipt = Receipt {
+            algorithm: "pre-copy".to_owned(),
+            qemu_downtime_ms: cost.downtime_ms,
+            bytes: cost.bytes,
+            wire_bytes: self.moving.wire_bytes.unwrap_or_default(),
+            rounds: std::mem::take(&mut self.moving.rounds),
+            ..Receipt::default()
+        };
+        let stopped_at_ms = self.moving.stopped_at_ms;
+        self.saved.role = Role::None;
+        self.saved.definition = None;
+        self.moving = Move::default();
+        let mut effects = vec![
+            Effect::Stop(Timer::Linger),
+            Effect::Tunnel(Tunnel::Close),
+            Effect::Clear,
+        ];
+        effects.extend(self.answer(Happening::TornDown {
+            receipt: Box::new(receipt),
+            stopped_at_ms,
+        }));
+        effects.push(Effect::Gone);
+        effects
+    }
+
+    /// Steps the destination's rules and carries out what they say.
+    fn destination(&mut self, input: DestinationInput) -> Vec<Effect> {
+        let Role::Destination { state, .. } = &mut self.saved.role else {
+            return vec![];
+        };
+        let effects = state.step(input);
+        self.destination_effects(effects)
+    }
+
+    fn destination_effects(&mut self, effects: Vec<DestinationEffect>) -> Vec<Effect> {
+        effects
+            .into_iter()
+            .flat_map(|effect| self.destination_effect(effect))
+            .collect()
+    }
+
+    fn destination_effect(&mut self, effect: DestinationEffect) -> Vec<Effect> {
+        let Role::Destination { terms, .. } = &self.saved.role else {
+            return vec![];
+        };
+        match effect {
+            DestinationEffect::Journal => {
+                self.decide();
+                vec![Effect::Save]
+            }
+            DestinationEffect::Run if self.wants_run() => {
+                vec![
+                    Effect::OpenPorts,
+                    Effect::Act(Action::Run),
+                    Effect::Act(Action::Announce),
+                ]
+            }
+            DestinationEffect::Run => {
+                let mut effects = vec![Effect::OpenPorts, Effect::Act(Action::Announce)];
+                effects.extend(self.activated(None));
+                effects
+            }
+            DestinationEffect::Kill if self.up.is_some() => vec![Effect::Act(Action::Kill)],
+            // What prepares or spawns answers yet; its answer ends it.
+            DestinationEffect::Kill if self.building => vec![],
+            DestinationEffect::Kill => self.destination(DestinationInput::Died { reason: String::new() }),
+            DestinationEffect::Say(message) => {
+                let word = Peer {
+                    host: terms.source,
+                    granted: terms.granted,
+                    message,
+                };
+                let mut effects = vec![Effect::Say(word)];
+                if message == Message::Ask {
+                    effects.push(Effect::Set(Timer::Resend, RESEND));
+                }
+                effects
+            }
+            DestinationEffect::AllowSettle => vec![Effect::Set(Timer::Settle, terms.settle)],
+            DestinationEffect::Over => self.destination_over(),
+        }
+    }
+
+    /// Keeps the decision for a source that does not hear it.
+    fn decide(&mut self) {
+        let Role::Destination { terms, state } = &self.saved.role else {
+            return;
+        };
+        let message = match state {
+            Destination::Run => Message::Run,
+            Destination::Void { .. } => Message::Void,
+            _ => return,
+        };
+        self.saved.decision = Some(Decision {
+            source: terms.source,
+            granted: terms.granted,
+            message,
+        });
+    }
+
+    /// It is ours, and does what it should.
+    fn activated(&mut self, resumed_at_ms: Option<i64>) -> Vec<Effect> {
+        self.saved.role = Role::Holder;
+        let mut effects = vec![
+            Effect::Stop(Timer::Deadline),
+            Effect::Stop(Timer::Settle),
+            Effect::Stop(Timer::Resend),
+            Effect::Set(Timer::Linger, LINGER),
+        ];
+        effects.extend(self.answer(Happening::Activated { resumed_at_ms }));
+        effects
+    }
+
+    /// It will never be ours under these terms.
+    fn destination_over(&mut self) -> Vec<Effect> {
+        let Role::Destination { state, .. } = &self.saved.role else {
+            return vec![];
+        };
+        let what = match state {
+            Destination::Void { reason } => Happening::Voided { reason: reason.clone() },
+            Destination::Unknown => {
+                let what = Happening::Unknown {
+                    reason: REBOOTED.to_owned(),
+                };
+                return vec![Effect::Clear, self.report(what)];
+            }
+            _ => return vec![],
+        };
+        self.saved.role = Role::None;
+        self.saved.power = Power::Off;
+        self.saved.definition = None;
+        self.moving = Move::default();
+        let mut effects = vec![
+            Effect::Stop(Timer::Deadline),
+            Effect::Stop(Timer::Settle),
+            Effect::Stop(Timer::Resend),
+            Effect::Tunnel(Tunnel::Close),
+            Effect::Clear,
+        ];
+        effects.extend(self.answer(what));
+        effects.push(Effect::Gone);
+        effects
+    }
+
+    /// What the process says about the stream.
+    pub(crate) fn moved(&mut self, happened: Happened) -> Vec<Effect> {
+        match happened {
+            Happened::Listening => {
+                self.moving.listening = true;
+                self.say_receiving()
+            }
+            Happened::Copying(copy) => self.copying(copy),
+            Happened::Copied { cost } => {
+                self.moving.cost = Some(cost);
+                self.moving.copying = false;
+                match (self.moving.tearing_down, self.up) {
+                    (true, Some(_)) => vec![Effect::Act(Action::Kill)],
+                    _ => self.source(SourceInput::Copied),
+                }
+            }
+            Happened::CopyFailed { reason } => {
+                self.moving.copying = false;
+                let text = format!("the copy of VM {} failed: {reason}", self.saved.vm);
+                self.source(SourceInput::CopyFailed {
+                    reason: Refusal::new(Code::HostFailed, text),
+                })
+            }
+            Happened::Loaded => self.destination(DestinationInput::Complete),
+            Happened::LoadFailed { reason } => self.destination(DestinationInput::GiveUp { reason }),
+            _ => vec![],
+        }
+    }
+
+    fn copying(&mut self, copy: CopyState) -> Vec<Effect> {
+        let mut effects = vec![];
+        if let Some(round) = copy.ended
+            && self.moving.rounds.len() < ROUNDS_MAX
+        {
+            self.moving.rounds.push(round);
+        }
+        if let Some(operation) = self.saved.operation {
+            let progress = Progress {
+                doing: "copying memory".to_owned(),
+                bytes: copy.bytes,
+                remaining_bytes: Some(copy.remaining_bytes),
+                round: Some(copy.round),
+            };
+            effects.push(Effect::Progress(operation, progress));
+        }
+        if nearly_done(&copy) {
+            effects.extend(self.source(SourceInput::NearlyDone));
+        }
+        effects
+    }
+
+    fn say_receiving(&mut self) -> Vec<Effect> {
+        match self.moving.tunnel_port {
+            // The journal keeps the answer, so that a restarted agent knows that it was given.
+            Some(tunnel_port) if self.moving.listening => self.answer(Happening::Receiving { tunnel_port }),
+            _ => vec![],
+        }
+    }
+
+    pub(crate) fn moving_running(&mut self, at_ms: i64) -> Vec<Effect> {
+        match &self.saved.role {
+            Role::Destination {
+                state: Destination::Run,
+                ..
+            } => self.activated(Some(at_ms)),
+            _ => vec![],
+        }
+    }
+
+    pub(crate) fn moving_standing(&mut self, at_ms: i64, settled: bool) -> Vec<Effect> {
+        let Role::Source { state, .. } = &self.saved.role else {
+            return vec![];
+        };
+        let first = self.moving.stopped_at_ms.is_none() && !state.is_over();
+        let mut effects = vec![];
+        if first {
+            self.moving.stopped_at_ms = Some(at_ms);
+        }
+        // The word that ends the wait goes out before the report.
+        effects.extend(self.source(SourceInput::Stood { settled }));
+        if first {
+            effects.push(self.report(Happening::Stopped));
+        }
+        effects
+    }
+
+    pub(crate) fn moving_died(&mut self, detail: &str) -> Vec<Effect> {
+        if self.moving.tearing_down {
+            return self.torn_down();
+        }
+        match &self.saved.role {
+            Role::Source { .. } => {
+                let text = format!("VM {} died while it was being moved: {detail}", self.saved.vm);
+                self.source(SourceInput::Died {
+                    reason: Refusal::new(Code::HostFailed, text),
+                })
+            }
+            Role::Destination {
+                state: Destination::Run,
+                ..
+            } => {
+                let mut effects = self.activated(None);
+                effects.extend(self.off(detail.to_owned()));
+                effects
+            }
+            _ => self.destination(DestinationInput::Died {
+                reason: detail.to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) fn moving_refused(&mut self, text: &str) -> Vec<Effect> {
+        match &self.saved.role {
+            Role::Source {
+                state: Source::Copying { .. },
+                ..
+            } if !self.moving.copying => self.source(SourceInput::CopyFailed {
+                reason: Refusal::new(Code::HostFailed, text),
+            }),
+            Role::Source { .. } => vec![],
+            _ => self.destination(DestinationInput::GiveUp {
+                reason: text.to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) fn moving_timer(&mut self, timer: Timer) -> Vec<Effect> {
+        let source = matches!(self.saved.role, Role::Source { .. });
+        match timer {
+            Timer::Linger if self.moving.tearing_down => match self.up {
+                Some(_) => vec![Effect::Act(Action::Kill)],
+                None => self.finish_teardown(),
+            },
+            Timer::Linger => vec![Effect::Tunnel(Tunnel::Close)],
+            Timer::Resend if source => self.source(SourceInput::Resend),
+            Timer::Resend => self.destination(DestinationInput::Resend),
+            Timer::Deadline if source => {
+                let text = format!(
+                    "VM {} did not move within its deadline; it runs on where it was",
+                    self.saved.vm
+                );
+                self.source(SourceInput::GiveUp {
+                    reason: Refusal::new(Code::TimedOut, text),
+                })
+            }
+            _ => self.destination(DestinationInput::GiveUp {
+                reason: "its deadline passed".to_owned(),
+            }),
+        }
+    }
+
+    /// A word of the other side, if it is about the hand-over that is under way.
+    pub(crate) fn moving_peer(&mut self, peer: Peer) -> Option<Vec<Effect>> {
+        match &self.saved.role {
+            Role::Source { terms, .. } if terms.granted == peer.granted && terms.destination == peer.host => {
+                Some(self.source(SourceInput::Heard(peer.message)))
+            }
+            Role::Destination { terms, .. } if terms.granted == peer.granted && terms.source == peer.host => {
+                Some(self.destination(DestinationInput::Heard(peer.message)))
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn moving_tunnel(&mut self, event: TunnelEvent) -> Vec<Effect> {
+        let source = matches!(self.saved.role, Role::Source { .. });
+        match event {
+            TunnelEvent::Listening { port } => {
+                self.moving.tunnel_port = Some(port);
+                self.say_receiving()
+            }
+            TunnelEvent::Connected if source && !self.moving.copying && self.moving.cost.is_none() => {
+                self.moving.copying = true;
+                let limits = CopyLimits {
+                    bytes_per_s_max: None,
+                    downtime_max: DOWNTIME_AIM,
+                };
+                vec![Effect::Act(Action::Copy(limits)), self.report(Happening::Copying)]
+            }
+            TunnelEvent::Closed { wire_bytes } => {
+                self.moving.wire_bytes = Some(wire_bytes);
+                if self.moving.tearing_down && self.up.is_none() {
+                    self.finish_teardown()
+                } else {
+                    vec![]
+                }
+            }
+            // A copy that is under way sees the break itself.
+            TunnelEvent::Failed { reason } if source && !self.moving.copying => {
+                let text = format!("VM {}: no connection to the destination: {reason}", self.saved.vm);
+                self.source(SourceInput::CopyFailed {
+                    reason: Refusal::new(Code::HostUnreachable, text),
+                })
+            }
+            TunnelEvent::Failed { reason } if !source && self.moving.tunnel_port.is_none() => {
+                self.destination(DestinationInput::GiveUp { reason })
+            }
+            TunnelEvent::Failed { .. } | TunnelEvent::Connected => vec![],
+        }
+    }
+
+    /// After a restart: the process is there.
+    pub(crate) fn moving_found(&mut self, condition: Condition) -> Vec<Effect> {
+        match self.saved.role.clone() {
+            Role::Source { terms, state, .. } => {
+                let state = Source::recover(&terms, Some(state), self.boot);
+                self.set_source(state.clone());
+                self.moving.copying = true;
+                match state {
+                    Source::Copying { .. } => vec![
+                        Effect::Act(Action::Attend),
+                        Effect::Set(Timer::Deadline, terms.deadline),
+                    ],
+                    Source::Released => self.source(SourceInput::Resend),
+                    Source::HandedOver => self.tear_down(),
+                    Source::Kept { .. } | Source::Reclaimed | Source::Unknown => self.source_over(),
+                }
+            }
+            Role::Destination { terms, state } => {
+                // A container of which the controller was not told is not worth keeping.
+                let told = matches!(self.saved.answer, Some(Happening::Receiving { .. }));
+                self.moving.listening = true;
+                let recovered = Destination::recover(&terms, Some(state), self.boot, true);
+                self.set_destination(recovered.state);
+                let mut effects = self.destination_effects(recovered.effects);
+                effects.push(Effect::Set(Timer::Deadline, Millis(terms.deadline.0 + MARGIN.0)));
+                if !told {
+                    let reason = "the agent restarted before it was ready".to_owned();
+                    effects.extend(self.destination(DestinationInput::GiveUp { reason }));
+                } else if matches!(condition, Condition::Standing | Condition::Sent) {
+                    effects.extend(self.destination(DestinationInput::Complete));
+                }
+                effects
+            }
+            Role::None | Role::Holder => vec![],
+        }
+    }
+
+    /// After a reboot of the host.
+    pub(crate) fn moving_rebooted(&mut self) -> Vec<Effect> {
+        match self.saved.role.clone() {
+            Role::Source { terms, state, .. } => {
+                let state = Source::recover(&terms, Some(state), self.boot);
+                self.set_source(state.clone());
+                match state {
+                    Source::Released | Source::Copying { .. } => self.source(SourceInput::Resend),
+                    Source::HandedOver => self.finish_teardown(),
+                    Source::Unknown => {
+                        let what = Happening::Unknown {
+                            reason: REBOOTED.to_owned(),
+                        };
+                        vec![Effect::Save, Effect::Clear, self.report(what)]
+                    }
+                    Source::Kept { .. } | Source::Reclaimed => {
+                        self.saved.role = Role::Holder;
+                        self.off_by_reboot()
+                    }
+                }
+            }
+            Role::Destination { terms, state } => {
+                let recovered = Destination::recover(&terms, Some(state), self.boot, false);
+                self.set_destination(recovered.state.clone());
+                let mut effects = vec![Effect::Save];
+                effects.extend(self.destination_effects(recovered.effects));
+                match recovered.state {
+                    Destination::Run => {
+                        effects.extend(self.activated(None));
+                        effects.extend(self.off_by_reboot());
+                    }
+                    Destination::Void { .. } => effects.extend(self.destination_over()),
+                    _ => {}
+                }
+                effects
+            }
+            Role::None | Role::Holder => vec![],
+        }
+    }
+
+    fn set_source(&mut self, new: Source) {
+        if let Role::Source { state, .. } = &mut self.saved.role {
+            *state = new;
+        }
+    }
+
+    fn set_destination(&mut self, new: Destination) {
+        if let Role::Destination { state, .. } = &mut self.saved.role {
+            *state = new;
+        }
+    }
+}
+
+/// Why nothing can be known.
+const REBOOTED: &str =
+    "this host rebooted during the hand-over, and its journal cannot tell whether the VM had changed hosts";

@@ -1,0 +1,370 @@
+//! The task: which input goes where, and how orders are accepted.
+
+use driver::{Action, Condition, Happened, Launch, Mode};
+use handover::Destination;
+use model::{
+    BootId, Code, Generation, HostId, Message, OperationId, Refusal, Revision, VmId,
+    order::{Happening, OffCause, Verb, VmObserved, VmOrder, VmReport},
+    vm::Power,
+};
+
+use crate::{
+    effect::{Effect, Input, Peer, Timer, TunnelEvent},
+    moving::Move,
+    saved::{Pending, Role, Saved},
+};
+
+/// One VM on one host.
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub(crate) host: HostId,
+    pub(crate) boot: BootId,
+    pub(crate) saved: Saved,
+    /// What its process does; `None` when there is none.
+    pub(crate) up: Option<Condition>,
+    /// A process is being prepared or started; it will be there, or not.
+    pub(crate) building: bool,
+    /// The guest powered itself off; its process is about to end.
+    pub(crate) powered_off: bool,
+    /// The agent restarted and looks for the process.
+    pub(crate) recovering: bool,
+    /// What a hand-over needs besides its journalled state.
+    pub(crate) moving: Move,
+}
+
+impl Task {
+    /// A VM of which nothing is known here yet.
+    #[must_use]
+    pub fn new(vm: VmId, host: HostId, boot: BootId) -> Self {
+        Self::with(Saved::new(vm, boot), host, boot)
+    }
+
+    pub(crate) fn with(saved: Saved, host: HostId, boot: BootId) -> Self {
+        Self {
+            host,
+            boot,
+            saved,
+            up: None,
+            powered_off: false,
+            recovering: false,
+            moving: Move::default(),
+        }
+    }
+
+    /// What the journal keeps: written at each [`Effect::Save`].
+    #[must_use]
+    pub const fn saved(&self) -> &Saved {
+        &self.saved
+    }
+
+    /// Whether nothing of the VM is here: only a tombstone is kept.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.saved.role == Role::None && self.saved.pending.is_none() && self.up.is_none()
+    }
+
+    /// The VM as the inventory tells it.
+    #[must_use]
+    pub fn observed(&self) -> VmObserved {
+        let what = match (&self.saved.role, self.up) {
+            (Role::None, None) => match &self.saved.answer {
+                Some(last @ (Happening::TornDown { .. } | Happening::Voided { .. } | Happening::Removed)) => {
+                    last.clone()
+                }
+                _ => Happening::Removed,
+            },
+            (Role::Source { .. } | Role::Destination { .. }, _) => self.observed_moving(),
+            (_, Some(Condition::Running)) => Happening::Running,
+            (_, Some(_)) => Happening::Paused,
+            (_, None) => match &self.saved.answer {
+                Some(off @ Happening::Off { .. }) => off.clone(),
+                _ => Happening::Off {
+                    cause: OffCause::Ordered,
+                },
+            },
+        };
+        VmObserved {
+            vm: self.saved.vm,
+            generation: self.saved.generation,
+            revision: self.saved.revision,
+            what,
+        }
+    }
+
+    /// Takes what happened and returns what to do, in order.
+    pub fn step(&mut self, input: Input) -> Vec<Effect> {
+        match input {
+            Input::Order(order) => self.order(*order),
+            Input::Prepared(Ok(launch)) => self.prepared(launch),
+            Input::Prepared(Err(reason)) => {
+                self.building = false;
+                self.not_prepared(reason)
+            }
+            Input::Driver(happened) => self.driver(happened),
+            Input::Tunnel(event) => self.tunnel(event),
+            Input::Peer(peer) => self.peer(peer),
+            Input::Timer(timer) => self.timer(timer),
+            Input::FilesDeleted(result) => self.files_deleted(result),
+        }
+    }
+
+    fn order(&mut self, order: VmOrder) -> Vec<Effect> {
+        if order.epoch < self.saved.epoch {
+            return vec![];
+        }
+        self.saved.epoch = order.epoch;
+        if order.revision <= self.saved.revision {
+            // Told already; the answer may have been lost, or is still to come.
+            return self
+                .saved
+                .answer
+                .clone()
+                .map(|answer| self.report(answer))
+                .into_iter()
+                .collect();
+        }
+        if let Some(reason) = self.why_not(&order) {
+            return vec![self.report_for(&order, Happening::Refused { reason })];
+        }
+        self.saved.revision = order.revision;
+        self.saved.generation = order.generation;
+        self.saved.operation = Some(order.operation);
+        self.saved.answer = None;
+        match order.verb {
+            Verb::Start { definition, paused } => self.start(definition, paused),
+            Verb::Stop { grace } => self.stop(grace),
+            Verb::Kill => self.kill(),
+            Verb::Reboot => self.reboot(),
+            Verb::Pause => self.pause(),
+            Verb::Resume => self.resume(),
+            Verb::Remove { volumes } => self.remove(volumes),
+            Verb::Receive { terms, definition } => self.receive(terms, definition),
+            Verb::Send { terms, to } => self.send(terms, to),
+            Verb::Cancel { terms } => self.cancel(&terms),
+        }
+    }
+
+    /// Why an order cannot be accepted now, if it cannot.
+    fn why_not(&self, order: &VmOrder) -> Option<Refusal> {
+        if order.generation < self.saved.generation {
+            let text = format!(
+                "{} of VM {} is for generation {}, but this host knows generation {}",
+                order.verb.name(),
+                order.vm,
+                order.generation,
+                self.saved.generation
+            );
+            return Some(Refusal::new(Code::Stale, text));
+        }
+        let moving = matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. });
+        let ends = matches!(order.verb, Verb::Kill | Verb::Remove { .. });
+        let cancels = matches!(order.verb, Verb::Cancel { .. });
+        let doing = match &self.saved.pending {
+            _ if cancels => None,
+            _ if moving => Some("it is being moved"),
+            Some(_) if ends => None,
+            Some(Pending::Start) => Some("it is being started"),
+            Some(Pending::End | Pending::Remove { .. }) => Some("it is being ended"),
+            Some(Pending::Pause | Pending::Resume | Pending::Reboot) => Some("another order is being carried out"),
+            None => None,
+        };
+        doing.map(|doing| {
+            Refusal::new(
+                Code::Busy,
+                format!("VM {} cannot {} now: {doing}", order.vm, order.verb.name()),
+            )
+        })
+    }
+
+    fn driver(&mut self, happened: Happened) -> Vec<Effect> {
+        match happened {
+            Happened::Up { condition } => {
+                self.up = Some(condition);
+                self.building = false;
+                if std::mem::take(&mut self.recovering) {
+                    self.found(condition)
+                } else {
+                    self.spawned()
+                }
+            }
+            Happened::NotUp { reason } => {
+                self.up = None;
+                self.building = false;
+                if std::mem::take(&mut self.recovering) {
+                    self.not_found(&reason)
+                } else {
+                    self.not_spawned(reason)
+                }
+            }
+            Happened::Running { at_ms } => {
+                self.up = Some(Condition::Running);
+                self.running(at_ms)
+            }
+            Happened::Standing { at_ms, settled } => {
+                self.up = Some(Condition::Standing);
+                self.standing(at_ms, settled)
+            }
+            Happened::Reset => match self.saved.pending {
+                Some(Pending::Reboot) => self.answer(Happening::Rebooted),
+                _ => vec![],
+            },
+            Happened::PoweredOff => {
+                self.powered_off = true;
+                vec![]
+            }
+            Happened::Died { detail } => {
+                self.up = None;
+                self.died(detail)
+            }
+            Happened::Refused { action, reason } => self.refused(action, &reason),
+            Happened::Listening
+            | Happened::Copying(_)
+            | Happened::Copied { .. }
+            | Happened::CopyFailed { .. }
+            | Happened::Loaded
+            | Happened::LoadFailed { .. } => self.moved(happened),
+        }
+    }
+
+    /// Whether what is being prepared or started is still wanted.
+    fn is_wanted(&self) -> bool {
+        match &self.saved.role {
+            Role::Destination { state, .. } => matches!(state, Destination::Waiting(_)),
+            _ => self.saved.pending == Some(Pending::Start),
+        }
+    }
+
+    fn prepared(&mut self, launch: Box<Launch>) -> Vec<Effect> {
+        if self.is_wanted() {
+            return vec![Effect::Spawn(launch)];
+        }
+        self.building = false;
+        self.died("it was given up before it was started".to_owned())
+    }
+
+    fn spawned(&mut self) -> Vec<Effect> {
+        match self.saved.role {
+            _ if !self.is_wanted() => vec![Effect::Act(Action::Kill)],
+            Role::Destination { .. } => vec![Effect::Act(Action::Listen)],
+            _ => self.started(),
+        }
+    }
+
+    /// Goes on after the agent restarted. `saved` is the journal's last record of this VM, `boot` the host's boot now.
+    #[must_use]
+    pub fn recover(saved: Saved, host: HostId, boot: BootId) -> (Self, Vec<Effect>) {
+        let same_boot = saved.boot == boot;
+        let mut task = Self::with(saved, host, boot);
+        task.saved.boot = boot;
+        if task.saved.role == Role::None && task.saved.pending.is_none() {
+            return (task, vec![]);
+        }
+        if !same_boot {
+            let effects = task.rebooted();
+            return (task, effects);
+        }
+        task.recovering = true;
+        let mut effects = vec![Effect::Adopt];
+        if task.is_moving() {
+            effects.push(Effect::Tunnel(crate::effect::Tunnel::Adopt));
+        }
+        (task, effects)
+    }
+
+    pub(crate) const fn is_moving(&self) -> bool {
+        matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. })
+    }
+
+    /// The order is carried out: remember the answer, and give it.
+    pub(crate) fn answer(&mut self, what: Happening) -> Vec<Effect> {
+        self.saved.pending = None;
+        self.saved.answer = Some(what.clone());
+        vec![Effect::Save, self.report(what)]
+    }
+
+    /// The order cannot be carried out.
+    pub(crate) fn answer_refused(&mut self, reason: Refusal) -> Vec<Effect> {
+        self.answer(Happening::Refused { reason })
+    }
+
+    /// Tells what happened, on behalf of the last order.
+    pub(crate) fn report(&self, what: Happening) -> Effect {
+        self.report_as(self.saved.generation, self.saved.revision, self.saved.operation, what)
+    }
+
+    fn report_for(&self, order: &VmOrder, what: Happening) -> Effect {
+        self.report_as(order.generation, order.revision, Some(order.operation), what)
+    }
+
+    fn report_as(
+        &self,
+        generation: Generation,
+        revision: Revision,
+        operation: Option<OperationId>,
+        what: Happening,
+    ) -> Effect {
+        Effect::Report(Box::new(VmReport {
+            vm: self.saved.vm,
+            generation,
+            revision,
+            operation,
+            what,
+        }))
+    }
+
+    /// Asks for what the hypervisor needs to start.
+    pub(crate) fn prepare(&mut self, mode: Mode) -> Effect {
+        self.building = true;
+        match &self.saved.definition {
+            Some(definition) => Effect::Prepare {
+                definition: definition.clone(),
+                mode,
+            },
+            // Every order that leads here brought one.
+            None => Effect::Clear,
+        }
+    }
+
+    fn timer(&mut self, timer: Timer) -> Vec<Effect> {
+        match timer {
+            Timer::Grace => match (&self.saved.pending, self.up) {
+                (Some(Pending::End), Some(_)) => vec![Effect::Act(Action::Kill)],
+                _ => vec![],
+            },
+            Timer::Deadline | Timer::Settle | Timer::Resend | Timer::Linger => self.moving_timer(timer),
+        }
+    }
+
+    fn peer(&mut self, peer: Peer) -> Vec<Effect> {
+        if let Some(effects) = self.moving_peer(peer) {
+            return effects;
+        }
+        match self.saved.decision {
+            Some(decision)
+                if decision.source == peer.host
+                    && decision.granted == peer.granted
+                    && matches!(peer.message, Message::Release | Message::Ask) =>
+            {
+                vec![Effect::Say(Peer {
+                    message: decision.message,
+                    ..peer
+                })]
+            }
+            // Not ours to answer: a missing record is no proof that nothing happened.
+            _ => vec![],
+        }
+    }
+
+    fn tunnel(&mut self, event: TunnelEvent) -> Vec<Effect> {
+        if self.is_moving() {
+            self.moving_tunnel(event)
+        } else {
+            vec![]
+        }
+    }
+
+    /// Whether the guest should run here.
+    pub(crate) fn wants_run(&self) -> bool {
+        self.saved.power == Power::On
+    }
+}
