@@ -45,6 +45,7 @@ impl Task {
             boot,
             saved,
             up: None,
+            building: false,
             powered_off: false,
             recovering: false,
             moving: Move::default(),
