@@ -11,7 +11,15 @@ use std::process::{Command, Stdio};
 /// When it cannot be started, or ends with another status than 0; the message
 /// has the whole command line and what the program said.
 pub fn run<S: AsRef<OsStr>>(argv: &[S]) -> Result<String> {
-    run_with_input(argv, "")
+    start(argv, "", &[])
+}
+
+/// As [`run`], with variables added to the environment.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_env<S: AsRef<OsStr>>(argv: &[S], environment: &[(&str, String)]) -> Result<String> {
+    start(argv, "", environment)
 }
 
 /// As [`run`], with `input` given on standard input.
@@ -19,10 +27,15 @@ pub fn run<S: AsRef<OsStr>>(argv: &[S]) -> Result<String> {
 /// # Errors
 /// As [`run`].
 pub fn run_with_input<S: AsRef<OsStr>>(argv: &[S], input: &str) -> Result<String> {
+    start(argv, input, &[])
+}
+
+fn start<S: AsRef<OsStr>>(argv: &[S], input: &str, environment: &[(&str, String)]) -> Result<String> {
     let (program, arguments) = argv.split_first().context("an empty command line")?;
     let line = command_line(argv);
     let mut child = Command::new(program)
         .args(arguments)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

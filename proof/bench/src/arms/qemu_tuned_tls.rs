@@ -16,6 +16,24 @@ use std::path::Path;
 #[derive(Debug, Default)]
 pub struct QemuTunedTls {
     running: Running,
+    /// Two channels (multifd): encryption, which takes longest here, on two cores.
+    multifd: bool,
+}
+
+impl QemuTunedTls {
+    /// The arm `qemu-tuned-tls-2ch`.
+    pub fn two_channels() -> QemuTunedTls {
+        QemuTunedTls {
+            running: Running::default(),
+            multifd: true,
+        }
+    }
+
+    fn capabilities(&self) -> Vec<&'static str> {
+        let mut names = vec!["events", "return-path"];
+        names.extend(self.multifd.then_some("multifd"));
+        names
+    }
 }
 
 /// Where each host keeps its key, as it sees it.
@@ -23,7 +41,11 @@ const DIR: &str = "/var/lib/godwit/bench-tls";
 
 impl Arm for QemuTunedTls {
     fn name(&self) -> &'static str {
-        "qemu-tuned-tls"
+        if self.multifd {
+            "qemu-tuned-tls-2ch"
+        } else {
+            "qemu-tuned-tls"
+        }
     }
 
     fn boot(&mut self, bench: &Bench<'_>) -> Result<Ipv4Addr> {
@@ -48,12 +70,13 @@ impl Arm for QemuTunedTls {
             "authz-simple,id=peer0,identity=CN=bench-h1".to_owned(),
         ];
         let mut destination = Qemu::spawn(bench, B, &self.running.disk, &incoming)?;
-        destination.set_capabilities(&["return-path"])?;
+        destination.set_capabilities(&self.capabilities())?;
         destination.set_parameters(tuned())?;
         destination.set_parameters(json!({ "tls-creds": "tls0", "tls-authz": "peer0" }))?;
         destination.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
+        let capabilities = self.capabilities();
         if let Some(source) = &mut self.running.source {
-            source.set_capabilities(&["events", "return-path"])?;
+            source.set_capabilities(&capabilities)?;
             source.set_parameters(tuned())?;
             source.set_parameters(json!({ "tls-creds": "tls0", "tls-hostname": "bench-h2" }))?;
             source.qmp.execute("migrate", json!({ "uri": uri }))?;

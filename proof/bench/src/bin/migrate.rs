@@ -67,7 +67,7 @@ fn run(args: &Args) -> Result<()> {
             let sample = measure::sample(arm.as_mut(), &bench)?;
             let note = if round == 0 { "warm-up" } else { "" };
             eprintln!(
-                "round {round:>3}/{rounds}  {:<15} blackout {:>6.1} ms  running after {:>7.1} ms  {note}",
+                "round {round:>3}/{rounds}  {:<18} blackout {:>6.1} ms  running after {:>7.1} ms  {note}",
                 arm.name(),
                 sample.blackout_ms,
                 sample.request_to_running_ms,
@@ -92,6 +92,7 @@ fn chosen(names: &[String]) -> Result<Vec<Box<dyn Arm>>> {
     let mut all: Vec<Box<dyn Arm>> = vec![
         Box::new(arms::QemuTuned::default()),
         Box::new(arms::QemuTunedTls::default()),
+        Box::new(arms::QemuTunedTls::two_channels()),
         Box::new(arms::QemuDefault::default()),
     ];
     let known: Vec<_> = all.iter().map(|arm| arm.name()).collect();

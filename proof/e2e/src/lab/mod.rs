@@ -9,7 +9,7 @@ mod spawn;
 pub use host::Host;
 pub use net::Nets;
 pub use procs::kill_process;
-pub use remove::{ending, sweep};
+pub use remove::{end_is_expected, ending, sweep};
 pub use spawn::Proc;
 
 use anyhow::{Context, Result, bail};

@@ -14,6 +14,14 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Set once a signal has begun to remove labs: errors that follow are its echo.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
+/// Set when all is done and only a signal can end the process.
+static EXPECTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on a signal is the ordinary end: the process then exits with 0.
+pub fn end_is_expected() {
+    EXPECTED.store(true, Ordering::SeqCst);
+}
+
 /// Whether a signal is ending this process; whoever finds an error then should
 /// keep silent and wait.
 pub fn ending() -> bool {
@@ -128,6 +136,10 @@ pub(super) fn on_signals(dir: PathBuf) -> Result<()> {
         });
         ENDING.store(true, Ordering::SeqCst);
         match remove(&dir) {
+            Ok(()) if EXPECTED.load(Ordering::SeqCst) => {
+                println!("\nEverything is removed.");
+                std::process::exit(0);
+            }
             Ok(()) => eprintln!("\nthe lab is removed"),
             Err(error) => eprintln!("\nthe lab could not be removed: {error:#}"),
         }

@@ -1,0 +1,271 @@
+//! The demo: a web server in a VM moves between three hosts, and nobody who uses it notices.
+
+use anyhow::{Context, Result, bail};
+use e2e::cluster::Cluster;
+use e2e::download::Download;
+use e2e::lab::{end_is_expected, ending};
+use e2e::load::{Load, LoadReport};
+use e2e::probe::Probe;
+use e2e::receipt::{self, Receipt};
+use serde_json::json;
+use std::io::{IsTerminal, Write};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const HELP: &str = "\
+Shows a web server in a VM moving between three hosts, on this machine.
+
+Usage: demo [--exit] [--json FILE] [--godwit PATH] [--qemu PATH]
+
+  --exit         end after the receipts instead of staying up
+  --json FILE    write the receipts there
+  --godwit PATH  the binary to show (default: beside this one)
+  --qemu PATH    the QEMU that hosts use (default: the one in PATH)
+";
+
+/// Size of the long download. Read at [`DOWNLOAD_RATE_MIB_S`] it lasts longer than both moves.
+const DOWNLOAD_MIB: u64 = 256;
+const DOWNLOAD_RATE_MIB_S: u64 = 4;
+const REQUESTS_PER_S: u32 = 100;
+const VM: &str = "web1";
+
+#[derive(Debug, Default)]
+struct Args {
+    exit: bool,
+    json: Option<PathBuf>,
+    godwit: Option<PathBuf>,
+    qemu: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let args = match parse(std::env::args().skip(1)) {
+        Ok(Some(args)) => args,
+        Ok(None) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("demo: {error}\n\n{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match demo(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(_) if ending() => loop {
+            // The signal's handler is removing the lab and ends the process.
+            std::thread::park();
+        },
+        Err(error) => {
+            eprintln!("\ndemo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>> {
+    let mut args = Args::default();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match word.as_str() {
+            "--exit" => args.exit = true,
+            "--json" => args.json = Some(value()?.into()),
+            "--godwit" => args.godwit = Some(value()?.into()),
+            "--qemu" => args.qemu = Some(value()?.into()),
+            "-h" | "--help" => return Ok(None),
+            _ => bail!("`{word}` is not an option"),
+        }
+    }
+    Ok(Some(args))
+}
+
+/// Lines `what  detail  seconds`, the time added when the step is done.
+struct Steps {
+    terminal: bool,
+}
+
+impl Steps {
+    fn run<T>(&self, what: &str, body: impl FnOnce() -> Result<T>, detail: impl FnOnce(&T) -> String) -> Result<T> {
+        let started = Instant::now();
+        if self.terminal {
+            print!("  {what:<12}...");
+            // A terminal that cannot be written to is no reason to stop.
+            let _ = std::io::stdout().flush();
+        }
+        let done = body();
+        let back = if self.terminal { "\r\x1b[K" } else { "" };
+        match &done {
+            Ok(value) => {
+                let seconds = started.elapsed().as_secs_f64();
+                println!("{back}  {what:<12}{:<58}{seconds:>6.1} s", detail(value));
+            }
+            Err(_) => println!("{back}  {what:<12}failed"),
+        }
+        done
+    }
+}
+
+/// Runs it all; whether everything was as promised.
+fn demo(args: &Args) -> Result<bool> {
+    let godwit = match &args.godwit {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()
+            .context("cannot find this program")?
+            .with_file_name("godwit"),
+    };
+    println!("Godwit: three hosts on this machine, and a web server that moves between them\n");
+    let steps = Steps {
+        terminal: std::io::stdout().is_terminal(),
+    };
+    let mut cluster = steps.run(
+        "lab",
+        || Cluster::new(&godwit, 3, args.qemu.as_deref()),
+        |cluster| {
+            let nets = cluster.lab().nets();
+            format!(
+                "3 network and mount namespaces, {}/24 and {}/24",
+                nets.underlay, nets.vm
+            )
+        },
+    )?;
+    let shown = show(&steps, &mut cluster, args);
+    match shown {
+        Ok(good) => {
+            if !args.exit {
+                stay(&cluster, &godwit)?;
+            }
+            Ok(good)
+        }
+        Err(error) => {
+            let kept = keep_logs(&cluster).map_or_else(String::new, |dir| format!("\n  logs: {}", dir.display()));
+            Err(error.context(format!("the demo did not end well{kept}")))
+        }
+    }
+}
+
+fn show(steps: &Steps, cluster: &mut Cluster, args: &Args) -> Result<bool> {
+    let ip = set_up(steps, cluster)?;
+    let netns = cluster.lab().client_netns();
+    let probe = Probe::start(&netns, ip)?;
+    probe
+        .wait_answer(Duration::from_secs(20))
+        .context("pinging the guest")?;
+    let load = Load::start(&netns, ip, REQUESTS_PER_S)?;
+    let download = Download::start(&netns, ip, DOWNLOAD_MIB, 7, DOWNLOAD_RATE_MIB_S)?;
+    println!("\n  watched by a ping every ms, {REQUESTS_PER_S} requests/s and one download of {DOWNLOAD_MIB} MiB");
+    let mut receipts = Vec::new();
+    for to in [2, 3] {
+        let receipt = receipt::migrate(cluster, VM, ip, to, &probe, Some(&load))?;
+        println!("\n{VM}: {} -> {}", receipt.from, receipt.to);
+        for line in receipt.lines() {
+            println!("{line}");
+        }
+        receipts.push(receipt);
+    }
+    let downloaded = download.finish();
+    let report = load.finish()?;
+    let good = summary(&receipts, &report, &downloaded);
+    if let Some(path) = &args.json {
+        write_json(path, &receipts, &report, downloaded.is_ok())?;
+    }
+    Ok(good)
+}
+
+/// Controller, hosts, template, VM; returns the VM's address.
+fn set_up(steps: &Steps, cluster: &mut Cluster) -> Result<Ipv4Addr> {
+    let api = cluster.api();
+    steps.run("controller", || cluster.start_controller(), |()| api)?;
+    let join = || (1..=3).try_for_each(|n| cluster.join(n));
+    steps.run("hosts", join, |()| "h1, h2, h3 joined with one-use tokens".into())?;
+    steps.run(
+        "template",
+        || cluster.cli(&["template", "build", "micro"]),
+        |_| "micro: a kernel, busybox and a web server".into(),
+    )?;
+    let create = || {
+        cluster.json(&[
+            "vm",
+            "create",
+            VM,
+            "--template",
+            "micro",
+            "--memory",
+            "512M",
+            "--host",
+            "h1",
+            "--wait",
+        ])?;
+        let vm = cluster.wait_vm(VM, Duration::from_secs(30), |vm| vm.runs_on(1))?;
+        cluster.wait_http(vm.ip, Duration::from_secs(60))?;
+        Ok(vm.ip)
+    };
+    steps.run(VM, create, |ip| format!("runs on h1 and answers at http://{ip}/"))
+}
+
+/// The end in a few honest lines; whether all was as promised.
+fn summary(receipts: &[Receipt], report: &LoadReport, downloaded: &Result<u64>) -> bool {
+    let moves = receipts.len();
+    let longest = receipts.iter().map(|receipt| receipt.blackout_ms).fold(0.0, f64::max);
+    println!("\n{moves} moves, the longest silence {longest:.1} ms");
+    let lost = match report.lost {
+        0 => format!("none lost of {} (slowest answer {:.0} ms)", report.sent, report.max_ms),
+        lost => format!("{lost} LOST of {}: {}", report.sent, report.reasons.join("; ")),
+    };
+    println!("  requests    {lost}");
+    let download = match downloaded {
+        Ok(bytes) => format!("{} MiB, every byte right", bytes >> 20),
+        Err(error) => format!("BROKEN: {error:#}"),
+    };
+    println!("  download    {download}");
+    let counter = match report.counter_faults {
+        0 => "the guest's counter only ever grew: one guest, one past".to_owned(),
+        faults => format!("{faults} FAULTS: the guest's counter stood still or fell"),
+    };
+    println!("  counter     {counter}");
+    report.lost == 0 && report.counter_faults == 0 && downloaded.is_ok()
+}
+
+fn write_json(path: &Path, receipts: &[Receipt], report: &LoadReport, download_right: bool) -> Result<()> {
+    let all = json!({ "demo": "migrate", "receipts": receipts, "load": report, "download_right": download_right });
+    let text = serde_json::to_string_pretty(&all).context("cannot write JSON")?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Stays up until a signal, whose handler ends the process.
+fn stay(cluster: &Cluster, godwit: &Path) -> Result<()> {
+    let ip = cluster.vm(VM)?.ip;
+    let godwit = godwit.canonicalize().unwrap_or_else(|_| godwit.to_owned());
+    let sudo = if std::env::var_os("SUDO_USER").is_some() {
+        "sudo "
+    } else {
+        ""
+    };
+    println!("\nIt stays up. In another terminal:\n");
+    println!("  curl http://{ip}/status");
+    println!(
+        "  alias godwit='{sudo}{} --state {}'",
+        godwit.display(),
+        cluster.state().display()
+    );
+    println!("  godwit vm list");
+    println!("  godwit vm migrate {VM} --to h1");
+    println!("  godwit vm console {VM}");
+    println!("\nLogs: {}", cluster.lab().logs().display());
+    println!("Ctrl-C here removes everything.");
+    end_is_expected();
+    loop {
+        std::thread::park();
+    }
+}
+
+/// The lab is removed with its logs; a failed demo leaves a copy of them.
+fn keep_logs(cluster: &Cluster) -> Option<PathBuf> {
+    let kept = std::env::temp_dir().join(format!("godwit-demo-logs-{}", cluster.lab().id()));
+    std::fs::create_dir(&kept).ok()?;
+    for entry in std::fs::read_dir(cluster.lab().logs()).ok()?.flatten() {
+        std::fs::copy(entry.path(), kept.join(entry.file_name())).ok()?;
+    }
+    Some(kept)
+}

@@ -1,0 +1,328 @@
+//! Godwit as its users run it, in a lab: a controller, an agent a host, and the
+//! command line. Nothing here reaches behind the binary.
+
+use crate::lab::{Lab, LabConfig, Place, Proc};
+use crate::run::run_env;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Port of the API on the lab's first address.
+const API_PORT: u16 = 8443;
+/// Port that agents dial.
+const AGENT_PORT: u16 = 8444;
+/// A start that takes longer has failed.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// Commands wait for operations; the longest (a template's build) has to download.
+const COMMAND_LIMIT: &str = "900";
+
+/// A controller with its hosts. Dropping it ends and removes all of them.
+#[derive(Debug)]
+pub struct Cluster {
+    godwit: PathBuf,
+    qemu: Option<PathBuf>,
+    controller: Option<Proc>,
+    agents: Vec<Option<Proc>>,
+    /// Last, so that processes outlive nothing they need: Drop goes in order.
+    lab: Lab,
+}
+
+impl Cluster {
+    /// A lab of `hosts` hosts for the binary `godwit`; nothing is started yet.
+    ///
+    /// # Errors
+    /// As [`Lab::new`]'s, and when there is no such binary.
+    pub fn new(godwit: &Path, hosts: u8, qemu: Option<&Path>) -> Result<Cluster> {
+        let godwit = godwit
+            .canonicalize()
+            .with_context(|| format!("no godwit at {} (build it: cargo build --release)", godwit.display()))?;
+        let programs = vec![("godwit".to_owned(), godwit.clone())];
+        let lab = Lab::new(&LabConfig {
+            hosts,
+            id: None,
+            programs,
+            private: Vec::new(),
+        })?;
+        let agents = (0..hosts).map(|_| None).collect();
+        Ok(Cluster {
+            godwit,
+            qemu: qemu.map(Path::to_owned),
+            controller: None,
+            agents,
+            lab,
+        })
+    }
+
+    /// A running controller and `hosts` joined hosts.
+    ///
+    /// # Errors
+    /// When one of them does not say that it is ready.
+    pub fn started(godwit: &Path, hosts: u8, qemu: Option<&Path>) -> Result<Cluster> {
+        let mut cluster = Cluster::new(godwit, hosts, qemu)?;
+        cluster.start_controller()?;
+        for n in 1..=hosts {
+            cluster.join(n)?;
+        }
+        Ok(cluster)
+    }
+
+    /// The lab it runs in.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The controller's state directory, which `--state` takes.
+    pub fn state(&self) -> PathBuf {
+        self.lab.dir().join("controller")
+    }
+
+    /// Where the API is.
+    pub fn api(&self) -> String {
+        format!("https://{}:{API_PORT}", self.lab.nets().underlay_ip(1))
+    }
+
+    /// Starts the controller, the first time or again on the same state.
+    ///
+    /// # Errors
+    /// When it does not say `ready`.
+    pub fn start_controller(&mut self) -> Result<()> {
+        let nets = self.lab.nets();
+        let ip = nets.underlay_ip(1).to_string();
+        let argv = [
+            self.godwit.to_string_lossy().into_owned(),
+            "controller".into(),
+            "--state".into(),
+            self.state().to_string_lossy().into_owned(),
+            "--listen".into(),
+            format!("{ip}:{API_PORT}"),
+            "--agent-listen".into(),
+            format!("{ip}:{AGENT_PORT}"),
+            "--name".into(),
+            ip,
+            "--subnet".into(),
+            format!("{}/24", nets.vm),
+            "--gateway".into(),
+            nets.vm_ip(1).to_string(),
+            "--range".into(),
+            format!("{}-{}", nets.vm_ip(50), nets.vm_ip(250)),
+        ];
+        let mut controller = self.lab.spawn(Place::Root, "controller", &argv)?;
+        controller.wait_line("ready ", START_LIMIT)?;
+        self.controller = Some(controller);
+        Ok(())
+    }
+
+    /// Kills the controller with SIGKILL.
+    ///
+    /// # Errors
+    /// When it is not running or does not die.
+    pub fn kill_controller(&mut self) -> Result<()> {
+        self.controller.take().context("the controller is not running")?.kill()
+    }
+
+    /// Joins host `n` with a fresh token and starts its agent.
+    ///
+    /// # Errors
+    /// When the controller gives no token or the agent does not say `ready`.
+    pub fn join(&mut self, n: u8) -> Result<()> {
+        let answer = self.json(&["host", "add-token"])?;
+        let token = answer["token"].as_str().context("`host add-token` gave no token")?;
+        let join = format!("{token}@{}:{AGENT_PORT}", self.lab.nets().underlay_ip(1));
+        self.agent(n, &["--join".to_owned(), join])
+    }
+
+    /// Starts the agent of host `n`, which has joined before.
+    ///
+    /// # Errors
+    /// When it does not say `ready`.
+    pub fn start_agent(&mut self, n: u8) -> Result<()> {
+        self.agent(n, &[])
+    }
+
+    fn agent(&mut self, n: u8, more: &[String]) -> Result<()> {
+        let host = self.lab.host(n)?;
+        let mut argv: Vec<String> = ["/run/godwit-bin/godwit", "agent", "--state", "/var/lib/godwit"]
+            .into_iter()
+            .chain(["--run-dir", "/run/godwit", "--pool", "shared=/srv/godwit/shared"])
+            .chain([
+                "--pool",
+                "local=/srv/godwit/local",
+                "--bridge",
+                "godwit0",
+                "--uplink",
+                "vm0",
+            ])
+            .map(str::to_owned)
+            .collect();
+        argv.extend(["--name".to_owned(), host.name().to_owned()]);
+        argv.extend(["--address".to_owned(), host.address().to_string()]);
+        if let Some(qemu) = &self.qemu {
+            argv.extend(["--qemu".to_owned(), qemu.to_string_lossy().into_owned()]);
+        }
+        argv.extend_from_slice(more);
+        let mut agent = self.lab.spawn(Place::Host(n), &format!("agent-h{n}"), &argv)?;
+        agent.wait_line("ready ", START_LIMIT)?;
+        *self.agent_slot(n)? = Some(agent);
+        Ok(())
+    }
+
+    /// Kills the agent of host `n` with SIGKILL; its guests go on.
+    ///
+    /// # Errors
+    /// When it is not running or does not die.
+    pub fn kill_agent(&mut self, n: u8) -> Result<()> {
+        let agent = self.agent_slot(n)?.take();
+        agent
+            .with_context(|| format!("the agent of h{n} is not running"))?
+            .kill()
+    }
+
+    fn agent_slot(&mut self, n: u8) -> Result<&mut Option<Proc>> {
+        let slot = n
+            .checked_sub(1)
+            .and_then(|index| self.agents.get_mut(usize::from(index)));
+        slot.with_context(|| format!("the lab has no host h{n}"))
+    }
+
+    /// The environment in which `godwit` finds this cluster's controller.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        let state = self.state();
+        let file = |name: &str| state.join(name).to_string_lossy().into_owned();
+        vec![
+            ("GODWIT_SERVER", self.api()),
+            ("GODWIT_TOKEN_FILE", file("admin.token")),
+            ("GODWIT_CA", file("ca.pem")),
+        ]
+    }
+
+    /// The command line of `godwit ARGUMENTS`, under a deadline.
+    pub fn argv(&self, arguments: &[&str]) -> Vec<String> {
+        let godwit = self.godwit.to_string_lossy().into_owned();
+        let words = ["timeout", "-k", "5", COMMAND_LIMIT, &godwit]
+            .into_iter()
+            .chain(arguments.iter().copied());
+        words.map(str::to_owned).collect()
+    }
+
+    /// Runs `godwit ARGUMENTS` and returns what it prints.
+    ///
+    /// # Errors
+    /// When it ends with another status than 0; the message is what it said.
+    pub fn cli(&self, arguments: &[&str]) -> Result<String> {
+        run_env(&self.argv(arguments), &self.environment())
+    }
+
+    /// Runs `godwit ARGUMENTS -o json` and parses what it prints.
+    ///
+    /// # Errors
+    /// As [`Cluster::cli`], and when it is not JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let mut all = arguments.to_vec();
+        all.extend(["-o", "json"]);
+        let text = self.cli(&all)?;
+        serde_json::from_str(&text).with_context(|| format!("`godwit {}` did not print JSON: {text}", all.join(" ")))
+    }
+
+    /// What `vm show` says.
+    ///
+    /// # Errors
+    /// As [`Cluster::json`].
+    pub fn vm(&self, name: &str) -> Result<Vm> {
+        let shown = self.json(&["vm", "show", name])?;
+        Vm::from_json(shown).with_context(|| format!("`godwit vm show {name} -o json`"))
+    }
+
+    /// Asks `vm show` until `wanted` holds.
+    ///
+    /// # Errors
+    /// When it does not within `limit`.
+    pub fn wait_vm(&self, name: &str, limit: Duration, wanted: impl Fn(&Vm) -> bool) -> Result<Vm> {
+        let end = Instant::now() + limit;
+        loop {
+            let vm = self.vm(name)?;
+            if wanted(&vm) {
+                return Ok(vm);
+            }
+            if Instant::now() > end {
+                bail!("{name} is {} on {:?} after {} s", vm.state, vm.host, limit.as_secs());
+            }
+            // The command line offers no event for an arbitrary condition.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Waits until the web server of a guest answers, from the client's place.
+    ///
+    /// # Errors
+    /// When it does not within `limit`.
+    pub fn wait_http(&self, ip: Ipv4Addr, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            let asked = crate::http::ask(
+                &self.lab.client_netns(),
+                ip,
+                "GET",
+                "/status",
+                Duration::from_millis(1000),
+            );
+            match asked {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > end => {
+                    return Err(error.context(format!("the guest does not answer after {} s", limit.as_secs())));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+}
+
+/// A VM as `vm show -o json` tells.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    /// Its observed state.
+    pub state: String,
+    /// The host that runs it, by name.
+    pub host: Option<String>,
+    /// Its first address.
+    pub ip: Ipv4Addr,
+    /// All that was said.
+    pub json: Value,
+}
+
+impl Vm {
+    fn from_json(json: Value) -> Result<Vm> {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        Ok(Vm {
+            state: text(&json["status"]["state"]).context("no status.state")?,
+            host: text(&json["host"]["name"]),
+            ip: json["ports"][0]["ip"]
+                .as_str()
+                .and_then(|ip| ip.parse().ok())
+                .context("no ports[0].ip")?,
+            json,
+        })
+    }
+
+    /// Whether it runs on host `n`.
+    pub fn runs_on(&self, n: u8) -> bool {
+        self.state == "active" && self.host.as_deref() == Some(format!("h{n}").as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_vm_is_read_from_what_vm_show_prints() {
+        let shown =
+            json!({ "status": { "state": "active" }, "host": { "name": "h2" }, "ports": [{ "ip": "10.91.0.50" }] });
+        let vm = Vm::from_json(shown).unwrap();
+        assert!(vm.runs_on(2) && !vm.runs_on(1));
+        assert_eq!(vm.ip, Ipv4Addr::new(10, 91, 0, 50));
+        assert!(Vm::from_json(json!({ "status": {} })).is_err());
+    }
+}
