@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use crate::launch::BINARY;
-use crate::run::{capture, cargo, find, is_root, run, sudo_is_silent, target_dir, watch};
+use crate::run::{capture, cargo, find, is_root, run, sudo_is_silent, target_dir, watch, with_sudo};
 use crate::second_qemu::{Second, VARIABLE, second_qemu};
 use crate::setup::{self, Purpose};
 use crate::tidy;
@@ -170,17 +170,38 @@ impl Step {
             ])),
             Self::Deny => deny(),
             Self::Unit => {
-                let words = ["--workspace", "--exclude", "sim", "--exclude", "e2e"];
-                libtest(cargo().args(["test", "--locked", "--no-fail-fast"]).args(words), tally)
+                let mut command = cargo();
+                command.args([
+                    "test",
+                    "--locked",
+                    "--no-fail-fast",
+                    "--workspace",
+                    "--exclude",
+                    "sim",
+                    "--exclude",
+                    "e2e",
+                ]);
+                libtest(command, tally, As::User)
             }
-            Self::Sim => libtest(cargo().args(["test", "--locked", "--no-fail-fast", "-p", "sim"]), tally),
+            Self::Sim => {
+                let mut command = cargo();
+                command.args(["test", "--locked", "--no-fail-fast", "-p", "sim"]);
+                libtest(command, tally, As::User)
+            }
             Self::E2e => end_to_end(tally),
         }
     }
 }
 
+/// Who runs the tests.
+#[derive(PartialEq)]
+enum As {
+    User,
+    Root,
+}
+
 /// Runs a command that runs tests, and counts them.
-fn libtest(command: &mut Command, tally: &mut Tally) -> Result<()> {
+fn libtest(mut command: Command, tally: &mut Tally, who: As) -> Result<()> {
     let notes = target_dir()?.join("left-out.txt");
     fs::create_dir_all(notes.parent().context("the target directory has a parent")?)?;
     fs::write(&notes, "")?;
@@ -188,7 +209,10 @@ fn libtest(command: &mut Command, tally: &mut Tally) -> Result<()> {
     if let Second::Here(dir, _) = second_qemu()? {
         command.env(VARIABLE, dir);
     }
-    let ended_well = watch(command, |line| tally.see(line))?;
+    if who == As::Root && !is_root() {
+        command = with_sudo(&command);
+    }
+    let ended_well = watch(&mut command, |line| tally.see(line))?;
     let noted = fs::read_to_string(&notes).unwrap_or_default();
     tally.left_out.extend(noted.lines().map(str::to_owned));
     if !ended_well {
@@ -219,30 +243,9 @@ fn end_to_end(tally: &mut Tally) -> Result<()> {
             .current_dir(&program.dir)
             .env(BINARY, &godwit);
         command.env("CARGO_MANIFEST_DIR", &program.dir);
-        if !is_root() {
-            command = through_sudo(&command, &target_dir()?.join("left-out.txt"))?;
-        }
-        libtest(&mut command, tally).with_context(|| format!("e2e test {}", program.name))?;
+        libtest(command, tally, As::Root).with_context(|| format!("e2e test {}", program.name))?;
     }
     Ok(())
-}
-
-/// `sudo -n env KEY=VALUE ... PROGRAM`: sudo clears the environment, so what tests read is named.
-fn through_sudo(command: &Command, notes: &std::path::Path) -> Result<Command> {
-    let mut sudo = Command::new("sudo");
-    sudo.arg("-n").arg("env");
-    for (key, value) in command.get_envs() {
-        sudo.arg(format!("{}={}", key.display(), value.unwrap_or_default().display()));
-    }
-    sudo.arg(format!("{LEFT_OUT}={}", notes.display()));
-    if let Second::Here(dir, _) = second_qemu()? {
-        sudo.arg(format!("{VARIABLE}={}", dir.display()));
-    }
-    sudo.arg(command.get_program()).args(command.get_args());
-    if let Some(dir) = command.get_current_dir() {
-        sudo.current_dir(dir);
-    }
-    Ok(sudo)
 }
 
 struct TestProgram {

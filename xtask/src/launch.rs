@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::run::{cargo, find, is_root, line, root, run, target_dir};
+use crate::run::{cargo, find, is_root, line, root, run, target_dir, with_sudo};
 use crate::second_qemu::{Second, VARIABLE, second_qemu};
 use crate::setup::{self, Purpose};
 
@@ -90,11 +90,7 @@ fn become_root_and_exec(mut program: Command) -> Result<()> {
         );
     }
     println!("The hosts are network and mount namespaces on this machine, which need root; only this program gets it:");
-    let mut sudo = Command::new("sudo");
-    for (key, value) in program.get_envs() {
-        sudo.arg(format!("{}={}", key.display(), value.unwrap_or_default().display()));
-    }
-    sudo.arg(program.get_program()).args(program.get_args());
+    let mut sudo = with_sudo(&program);
     println!("  {}", line(&sudo));
     Err(sudo.exec()).context("cannot start sudo")
 }

@@ -127,6 +127,23 @@ pub(crate) fn watch(command: &mut Command, mut see: impl FnMut(&str)) -> Result<
     Ok(child.wait()?.success())
 }
 
+/// The same command through sudo. Sudo clears the environment, so what the command was given is named again.
+pub(crate) fn with_sudo(command: &Command) -> Command {
+    let mut sudo = Command::new("sudo");
+    let mut given = command.get_envs().peekable();
+    if given.peek().is_some() {
+        sudo.arg("env");
+    }
+    for (key, value) in given {
+        sudo.arg(format!("{}={}", key.display(), value.unwrap_or_default().display()));
+    }
+    sudo.arg(command.get_program()).args(command.get_args());
+    if let Some(dir) = command.get_current_dir() {
+        sudo.current_dir(dir);
+    }
+    sudo
+}
+
 /// The command as a person would type it.
 pub(crate) fn line(command: &Command) -> String {
     std::iter::once(command.get_program())
@@ -155,6 +172,16 @@ mod tests {
         let mut command = Command::new("apt-get");
         command.args(["-o", "A=b c", "it's", ""]);
         assert_eq!(line(&command), r"apt-get -o 'A=b c' 'it'\''s' ''");
+    }
+
+    #[test]
+    fn sudo_is_told_the_environment_it_would_clear() {
+        let mut command = Command::new("apt-get");
+        command.env("LC_ALL", "C").arg("update").current_dir("/");
+        let sudo = with_sudo(&command);
+        assert_eq!(line(&sudo), "sudo env LC_ALL=C apt-get update");
+        assert_eq!(sudo.get_current_dir(), Some(Path::new("/")));
+        assert_eq!(line(&with_sudo(&Command::new("id"))), "sudo id");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use crate::apt::{self, Plan, Sources};
-use crate::run::{capture, cargo, find, is_root, line, run, succeeds};
+use crate::run::{capture, cargo, find, is_root, line, run, succeeds, with_sudo};
 
 /// What is about to run; it decides which programs are needed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -380,11 +380,10 @@ fn install_through_sudo(purpose: Purpose, packages: &[String], yes: bool) -> Res
                 "setup: {} need new package lists or backports; as root this program sees to it",
                 packages.join(", ")
             );
-            let mut sudo = Command::new("sudo");
-            sudo.arg(std::env::current_exe().context("cannot tell where this program is")?);
+            let mut own = Command::new(std::env::current_exe().context("cannot tell where this program is")?);
             let value = purpose.to_possible_value().context("every purpose has a name")?;
-            sudo.args(["setup", value.get_name()]);
-            sudo
+            own.args(["setup", value.get_name()]);
+            with_sudo(&own)
         }
     };
     let shown = line(&command);
@@ -443,16 +442,6 @@ fn explained(error: anyhow::Error) -> anyhow::Error {
         return error.context("apt cannot install what is missing: `universe` is not among its sources; run `sudo add-apt-repository universe`");
     }
     error.context("apt cannot install what is missing; nothing was changed")
-}
-
-fn with_sudo(command: &Command) -> Command {
-    let mut sudo = Command::new("sudo");
-    // sudo clears the environment, so what the command was given is named again.
-    for (key, value) in command.get_envs() {
-        sudo.arg(format!("{}={}", key.display(), value.unwrap_or_default().display()));
-    }
-    sudo.arg(command.get_program()).args(command.get_args());
-    sudo
 }
 
 fn consent(shown: &str, yes: bool) -> Result<()> {
@@ -521,13 +510,6 @@ mod tests {
             error,
             "installing qemu-system-x86 busybox-static would remove qemu-utils"
         );
-    }
-
-    #[test]
-    fn sudo_is_told_the_environment_it_would_clear() {
-        let mut command = Command::new("apt-get");
-        command.env("LC_ALL", "C").arg("update");
-        assert_eq!(line(&with_sudo(&command)), "sudo LC_ALL=C apt-get update");
     }
 
     #[test]

@@ -115,6 +115,15 @@ const PURE: [&str; 4] = ["model", "engine", "handover", "task"];
 /// What pure crates may use from others: data and derives, nothing that reaches the world.
 const PURE_MAY: [&str; 6] = ["serde", "serde_json", "thiserror", "uuid", "utoipa", "time"];
 
+/// The types that clippy has to refuse in pure crates, whatever else it refuses there.
+const PURE_WITHOUT: [&str; 5] = [
+    "std::collections::HashMap",
+    "std::collections::HashSet",
+    "std::time::Instant",
+    "std::time::SystemTime",
+    "std::fs::File",
+];
+
 /// One of our crates as its manifest describes it.
 pub(super) struct Crate {
     pub(super) name: String,
@@ -215,13 +224,18 @@ pub(super) fn check(crates: &[Crate]) -> Vec<Violation> {
     violations
 }
 
-/// Pure crates that lack their list of disallowed types, or use a crate that reaches the world.
-pub(super) fn check_pure(crates: &[Crate], exists: impl Fn(&str) -> bool) -> Vec<Violation> {
+/// Pure crates that lack their list of disallowed types, or use a crate that reaches the world. `text` gives a tracked
+/// file's text by its path.
+pub(super) fn check_pure<'a>(crates: &[Crate], text: impl Fn(&str) -> Option<&'a str>) -> Vec<Violation> {
     let mut violations = Vec::new();
     for one in crates.iter().filter(|one| PURE.contains(&one.name.as_str())) {
         let lints = format!("{}/clippy.toml", one.folder);
-        if !exists(&lints) {
-            violations.push(at(&lints, 0, "a pure crate needs its list of disallowed types"));
+        let listed = disallowed(text(&lints).unwrap_or_default());
+        for name in PURE_WITHOUT
+            .iter()
+            .filter(|name| !listed.iter().any(|one| one == *name))
+        {
+            violations.push(at(&lints, 0, format!("a pure crate disallows the type {name}")));
         }
         let foreign = one
             .dependencies
@@ -236,6 +250,18 @@ pub(super) fn check_pure(crates: &[Crate], exists: impl Fn(&str) -> bool) -> Vec
         }
     }
     violations
+}
+
+/// The paths below `disallowed-types` of a `clippy.toml`.
+fn disallowed(text: &str) -> Vec<String> {
+    let table: Table = text.parse().unwrap_or_default();
+    let entries = table
+        .get("disallowed-types")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
+    let path = |entry: &Value| entry.get("path").unwrap_or(entry).as_str().map(str::to_owned);
+    entries.filter_map(path).collect()
 }
 
 fn is_ours(name: &str) -> bool {
@@ -301,7 +327,10 @@ mod tests {
     fn a_pure_crate_reaches_nothing() {
         let text = "[package]\nname = 'engine'\n[dependencies]\ntokio.workspace = true\nserde.workspace = true\n";
         let one = [parse("control/engine/Cargo.toml", text).unwrap()];
-        assert_eq!(check_pure(&one, |_| true).len(), 1);
-        assert_eq!(check_pure(&one, |_| false).len(), 2);
+        let lints = include_str!("../../../control/engine/clippy.toml");
+        assert_eq!(check_pure(&one, |_| Some(lints)).len(), 1);
+        let shorter = lints.replace("std::time::Instant\"", "std::time::Other\"");
+        assert_eq!(check_pure(&one, |_| Some(&shorter)).len(), 2);
+        assert_eq!(check_pure(&one, |_| None).len(), 1 + PURE_WITHOUT.len());
     }
 }

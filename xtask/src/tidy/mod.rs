@@ -81,8 +81,11 @@ fn check(root: &Path) -> Result<Vec<Violation>> {
 
     let crates = edges::crates(&manifests)?;
     let mut violations = edges::check(&crates);
-    violations.extend(edges::check_pure(&crates, |file| {
-        files.iter().any(|one| one.path == file)
+    violations.extend(edges::check_pure(&crates, |path| {
+        files
+            .iter()
+            .find(|file| file.path == path)
+            .map(|file| file.text.as_str())
     }));
     violations.extend(openings::check(&crates, &rust));
     violations.extend(docs::check(&manifests, &pages, root)?);
