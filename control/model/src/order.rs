@@ -386,6 +386,9 @@ pub struct TemplateReport {
     pub pool: PoolId,
     /// `None` when it is done.
     pub refused: Option<Refusal>,
+    /// After a fetch: what the template holds now. An imported disk is converted, so its blob is another one.
+    #[serde(default)]
+    pub content: Option<Content>,
 }
 
 impl Order {
