@@ -8,9 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use subtle::ConstantTimeEq as _;
 
-use crate::random::{RandomUnavailable, random};
+use crate::random::{RandomUnavailable, random, same_secret};
 use crate::secret_file::{self, ReadSecretError, WriteSecretError};
 
 const PREFIX: &str = "gw1_";
@@ -96,7 +95,7 @@ impl ApiTokenDigest {
     /// Whether `token` is the one that this was made of; constant time.
     #[must_use]
     pub fn matches(&self, token: &ApiToken) -> bool {
-        self.0.ct_eq(&token.digest().0).into()
+        same_secret(&self.0, &token.digest().0)
     }
 }
 

@@ -8,11 +8,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use subtle::ConstantTimeEq as _;
 use uuid::Uuid;
 
 use crate::certificate::Fingerprint;
-use crate::random::{RandomUnavailable, random};
+use crate::random::{RandomUnavailable, random, same_secret};
 
 const PREFIX: &str = "gwj1.";
 const SECRET_BYTES: usize = 32;
@@ -168,7 +167,7 @@ impl JoinRecord {
     /// The caller must commit the changed record before it answers.
     pub fn redeem(&mut self, secret: &[u8], request: &[u8], now_unix_ms: u64) -> Result<Redeemed, RedeemError> {
         let given: [u8; 32] = Sha256::digest(secret).into();
-        if !bool::from(given.ct_eq(&self.secret_sha256)) {
+        if !same_secret(&given, &self.secret_sha256) {
             return Err(RedeemError::Unknown);
         }
         if now_unix_ms >= self.expires_unix_ms {

@@ -42,5 +42,5 @@ pub use join::{
     Address, AddressError, JoinRecord, JoinTarget, JoinTargetError, JoinToken, JoinTokenError, RedeemError, Redeemed,
 };
 pub use node::{NodeError, NodeIdentity, NodeKey};
-pub use random::{RandomUnavailable, random};
+pub use random::{RandomUnavailable, random, same_secret};
 pub use role::{Expect, Peer, Role, WrongPeer};

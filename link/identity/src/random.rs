@@ -1,4 +1,6 @@
-//! Random bytes from the operating system, through the same provider that TLS uses.
+//! Random bytes from the operating system, through the same provider that TLS uses; and how secrets are compared.
+
+use subtle::ConstantTimeEq as _;
 
 /// The operating system gave no randomness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -13,4 +15,10 @@ pub fn random<const N: usize>() -> Result<[u8; N], RandomUnavailable> {
         .fill(&mut bytes)
         .map_err(|_| RandomUnavailable)?;
     Ok(bytes)
+}
+
+/// Whether two secrets are the same, in a time that depends on their lengths alone.
+#[must_use]
+pub fn same_secret(one: &[u8], other: &[u8]) -> bool {
+    one.ct_eq(other).into()
 }

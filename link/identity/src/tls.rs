@@ -26,7 +26,7 @@ pub use crate::verify::NotPinned;
 
 use crate::certificate::{CaCertificate, CertificateError, Fingerprint};
 use crate::node::NodeIdentity;
-use crate::role::{Expect, Peer};
+use crate::role::{Expect, Peer, WrongPeer};
 use crate::verify::{ClientRole, PinnedController, ServerRole, by_name};
 
 const HTTP2: &[u8] = b"h2";
@@ -43,7 +43,13 @@ pub enum TlsError {
     /// The peer was silent or slow.
     #[error("the peer did not complete the TLS handshake within {0:?}")]
     Deadline(Duration),
-    /// The peer is not one of ours, not the right one, or speaks something else; the source says which.
+    /// The peer is of our cluster, but not the one that this connection is for.
+    #[error(transparent)]
+    WrongPeer(#[from] WrongPeer),
+    /// A joining host reached another cluster.
+    #[error(transparent)]
+    NotPinned(#[from] NotPinned),
+    /// The peer is not one of ours, or it refused us, or speaks something else; the source says which.
     #[error("the TLS handshake failed")]
     Handshake(#[source] io::Error),
     /// The connection has no client certificate.
@@ -184,7 +190,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     tokio::time::timeout(deadline, handshake)
         .await
         .map_err(|_| TlsError::Deadline(deadline))?
-        .map_err(TlsError::Handshake)
+        .map_err(failed_handshake)
 }
 
 /// Completes a handshake as client within `deadline`. With TLS 1.3 a server that refuses our certificate says so only
@@ -199,7 +205,25 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     tokio::time::timeout(deadline, handshake)
         .await
         .map_err(|_| TlsError::Deadline(deadline))?
-        .map_err(TlsError::Handshake)
+        .map_err(failed_handshake)
+}
+
+fn failed_handshake(error: io::Error) -> TlsError {
+    let refusal = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match (refusal.and_then(refused_as), refusal.and_then(refused_as)) {
+        (Some(wrong), _) => TlsError::WrongPeer(wrong),
+        (_, Some(wrong)) => TlsError::NotPinned(wrong),
+        _ => TlsError::Handshake(error),
+    }
+}
+
+/// Why one of our verifiers refused a peer ([`WrongPeer`], [`NotPinned`]), out of the error that rustls wraps it in.
+#[must_use]
+pub fn refused_as<E: std::error::Error + Copy + 'static>(error: &rustls::Error) -> Option<E> {
+    match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(why)) => why.0.downcast_ref().copied(),
+        _ => None,
+    }
 }
 
 /// Who the client of an accepted connection is.
