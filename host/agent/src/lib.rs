@@ -1,1 +1,3 @@
 //! The shell on each host: connections, journal, timers, processes.
+
+pub mod tunnel;

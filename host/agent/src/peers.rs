@@ -1,0 +1,198 @@
+//! Words between two agents about a hand-over, over their own mutual TLS connection.
+//!
+//! ```text
+//!   source's agent ── dials when a copy begins ──▶ destination's agent      words go both ways on it
+//!        └────────────── controller ◀──────────────────┘                    where it is cut: Report::Relay
+//! ```
+//!
+//! Whoever dials keeps the connection for as long as there are words to say. A word that cannot be said is said by way of the
+//! controller; words are repeated by their tasks, so none needs to be kept here.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use identity::{Role, tls};
+use model::{HostId, Report, order::Relay};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
+use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
+
+use crate::shared::Shared;
+
+/// Words waiting on one connection. More means that it is stuck; they are repeated anyway.
+const WAITING_MAX: usize = 64;
+/// Connections of other agents at once.
+const CONNECTIONS_MAX: usize = 256;
+const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+const HEARTBEAT: Duration = Duration::from_secs(2);
+/// After this long without a byte the connection is lost.
+const LOST_AFTER: Duration = Duration::from_secs(10);
+
+/// Why a connection between agents ended.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the connection failed")]
+    Io(#[from] std::io::Error),
+    #[error("the other side is not the host that was expected")]
+    Tls(#[from] tls::TlsError),
+    #[error("the other side sent what cannot be read")]
+    Frame(#[from] wire::FrameError),
+    #[error("the other side speaks no common version")]
+    Version,
+    #[error("the other side was silent for too long")]
+    Silent,
+}
+
+/// The connections to other agents.
+#[derive(Debug, Default)]
+pub(crate) struct Peers {
+    links: Mutex<BTreeMap<HostId, mpsc::Sender<Relay>>>,
+}
+
+impl Peers {
+    /// Says a word: directly where there is a connection, else, or when `also_relay`, by way of the controller.
+    pub(crate) fn say(&self, shared: &Shared, word: Relay, also_relay: bool) {
+        let direct = self.lock().get(&word.to).is_some_and(|link| link.try_send(word).is_ok());
+        if !direct || also_relay {
+            shared.reports.push(Report::Relay(word));
+        }
+    }
+
+    /// Makes sure that there is a connection to a host, or that one is being made.
+    pub(crate) fn ensure(self: &Arc<Self>, shared: &Arc<Shared>, host: HostId, address: SocketAddr) {
+        let words = {
+            let mut links = self.lock();
+            if links.get(&host).is_some_and(|link| !link.is_closed()) {
+                return;
+            }
+            let (link, words) = mpsc::channel(WAITING_MAX);
+            links.insert(host, link);
+            words
+        };
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            if let Err(error) = dial(&shared, host, address, words).await {
+                tracing::warn!(%host, %address, error = &error as &dyn std::error::Error, "no connection to the other agent");
+            }
+        });
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<HostId, mpsc::Sender<Relay>>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn dial(
+    shared: &Arc<Shared>,
+    host: HostId,
+    address: SocketAddr,
+    words: mpsc::Receiver<Relay>,
+) -> Result<(), LinkError> {
+    let config = tls::to_host(&shared.identity(), host.0)?;
+    let stream = timeout(HANDSHAKE_MAX, TcpStream::connect(address)).await.map_err(|_| LinkError::Silent)??;
+    stream.set_nodelay(true)?;
+    let mut stream = tls::connect(&Arc::new(config), tls::unnamed(), stream, HANDSHAKE_MAX).await?;
+    let hello = Peer::Hello { version_min: wire::VERSION_MIN, version_max: wire::VERSION_MAX };
+    stream.write_all(&wire::encode(&hello, FRAME_BYTES_MAX)?).await?;
+    let mut decoder = Decoder::new(FRAME_BYTES_MAX);
+    match next(&mut stream, &mut decoder).await? {
+        Some(Peer::Accepted { version }) if (wire::VERSION_MIN..=wire::VERSION_MAX).contains(&version) => {}
+        _ => return Err(LinkError::Version),
+    }
+    talk(shared, host, stream, decoder, words).await
+}
+
+/// Accepts other agents' connections for as long as the agent lives.
+pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or the caller was gone already: neither is the listener's end.
+                tracing::warn!(%error, "an agent's connection was not accepted");
+                tokio::task::yield_now().await;
+                continue;
+            }
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            if let Err(error) = accept(&shared, stream).await {
+                tracing::debug!(%address, error = &error as &dyn std::error::Error, "an agent's connection ended");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError> {
+    stream.set_nodelay(true)?;
+    let config = Arc::new(tls::agents_port(&shared.identity())?);
+    let mut stream = tls::accept(&config, stream, HANDSHAKE_MAX).await?;
+    let Role::Host(host) = tls::peer_of(&stream)?.role else { return Err(LinkError::Version) };
+    let host = HostId(host);
+    let mut decoder = Decoder::new(FRAME_BYTES_MAX);
+    let version = match timeout(HANDSHAKE_MAX, next(&mut stream, &mut decoder)).await.map_err(|_| LinkError::Silent)?? {
+        Some(Peer::Hello { version_min, version_max }) => wire::negotiate(version_min, version_max),
+        _ => None,
+    };
+    let version = version.ok_or(LinkError::Version)?;
+    stream.write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?).await?;
+    let (link, words) = mpsc::channel(WAITING_MAX);
+    shared.peers.lock().insert(host, link);
+    talk(shared, host, stream, decoder, words).await
+}
+
+/// Carries words both ways until the connection ends.
+async fn talk<S: AsyncRead + AsyncWrite + Send + 'static>(
+    shared: &Arc<Shared>,
+    host: HostId,
+    stream: S,
+    mut decoder: Decoder,
+    mut words: mpsc::Receiver<Relay>,
+) -> Result<(), LinkError> {
+    let (mut from, mut to) = tokio::io::split(stream);
+    let mut beat = tokio::time::interval(HEARTBEAT);
+    loop {
+        tokio::select! {
+            heard = timeout(LOST_AFTER, next(&mut from, &mut decoder)) => match heard.map_err(|_| LinkError::Silent)?? {
+                // Whoever speaks may speak only for the host in its certificate.
+                Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => shared.hear(word),
+                Some(_) => {}
+                None => return Ok(()),
+            },
+            word = words.recv() => {
+                let Some(word) = word else { return Ok(()) };
+                to.write_all(&wire::encode(&Peer::Word(word), FRAME_BYTES_MAX)?).await?;
+                to.flush().await?;
+            }
+            _ = beat.tick() => {
+                to.write_all(&wire::encode(&Peer::Heartbeat, FRAME_BYTES_MAX)?).await?;
+                to.flush().await?;
+            }
+        }
+    }
+}
+
+/// The next frame; `None` at the end. Cancel-safe: what was read stays in the decoder.
+async fn next<S: AsyncRead + Unpin>(stream: &mut S, decoder: &mut Decoder) -> Result<Option<Peer>, LinkError> {
+    loop {
+        if let Some(frame) = decoder.next_message()? {
+            return Ok(Some(frame));
+        }
+        let mut bytes = [0; 4096];
+        match stream.read(&mut bytes).await? {
+            0 => return Ok(None),
+            n => decoder.push(&bytes[..n]),
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! Two real tunnels over loopback: exactness, ends of stream, strangers, deaths.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use identity::{ClusterAuthority, NodeIdentity, NodeKey, Role};
+use proptest::prelude::*;
+use rustls::pki_types::ServerName;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::*;
+
+const A: Uuid = Uuid::from_u128(0xa);
+const B: Uuid = Uuid::from_u128(0xb);
+const C: Uuid = Uuid::from_u128(0xc);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Identity files of two hosts, a third one of the same cluster, and one of another cluster that claims to be A.
+struct Identities(TempDir);
+
+fn identities() -> &'static Path {
+    static MADE: OnceLock<Identities> = OnceLock::new();
+    let made = MADE.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        for (cluster, hosts) in [
+            ("ours", vec![("a", A), ("b", B), ("c", C)]),
+            ("theirs", vec![("forged", A)]),
+        ] {
+            let authority =
+                ClusterAuthority::create(&dir.path().join(cluster), Uuid::from_u128(1), SystemTime::now()).unwrap();
+            for (name, id) in hosts {
+                let key = NodeKey::generate().unwrap();
+                let request = key.request().unwrap();
+                let issued = authority
+                    .issue(&request, Role::Host(id), SystemTime::now())
+                    .unwrap()
+                    .to_vec();
+                let node = NodeIdentity::new(key, issued, authority.certificate().clone()).unwrap();
+                node.save(&dir.path().join(name)).unwrap();
+            }
+        }
+        Identities(dir)
+    });
+    made.0.path()
+}
+
+fn spec(dir: &Path, name: &str, peer: Uuid, side: Side) -> TunnelSpec {
+    TunnelSpec {
+        version: VERSION,
+        directory: dir.join(format!("{name}.d")),
+        identity: identities().join(name),
+        peer,
+        token: Token::new([7; 32]),
+        side,
+        connect_ms_max: 20_000,
+        begin_ms_max: 20_000,
+        silence_ms_max: 10_000,
+    }
+}
+
+/// Waits until a tunnel's status is as wanted.
+fn until(spec: &TunnelSpec, wanted: impl Fn(&TunnelStatus) -> bool) -> TunnelStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = TunnelStatus::read(&spec.status_path());
+        match status {
+            Ok(status) if wanted(&status) => return status,
+            status => assert!(Instant::now() < deadline, "status {status:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+struct Pair {
+    dir: TempDir,
+    qemu_b: UnixListener,
+    b: TunnelSpec,
+    b_runs: JoinHandle<Result<(), TunnelError>>,
+    address: SocketAddr,
+}
+
+fn go(spec: &TunnelSpec) -> JoinHandle<Result<(), TunnelError>> {
+    spec.write().unwrap();
+    let spec = spec.clone();
+    std::thread::spawn(move || run(&spec))
+}
+
+fn destination(change: impl FnOnce(&mut TunnelSpec)) -> Pair {
+    let dir = tempfile::tempdir().unwrap();
+    let incoming = dir.path().join("incoming");
+    let qemu_b = UnixListener::bind(&incoming).unwrap();
+    let side = Side::Destination {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        incoming,
+    };
+    let mut b = spec(dir.path(), "b", A, side);
+    change(&mut b);
+    let b_runs = go(&b);
+    let port = until(&b, |status| status.port.is_some()).port.unwrap();
+    Pair {
+        dir,
+        qemu_b,
+        b,
+        b_runs,
+        address: SocketAddr::from(([127, 0, 0, 1], port)),
+    }
+}
+
+impl Pair {
+    fn source(&self) -> TunnelSpec {
+        let side = Side::Source {
+            listen: self.dir.path().join("outgoing"),
+            owner: None,
+            peer_address: self.address,
+        };
+        spec(self.dir.path(), "a", B, side)
+    }
+
+    /// One of QEMU's connections, both ends.
+    fn channel(&self) -> (UnixStream, UnixStream) {
+        let near = UnixStream::connect(self.dir.path().join("outgoing")).unwrap();
+        let (far, _) = self.qemu_b.accept().unwrap();
+        for end in [&near, &far] {
+            end.set_read_timeout(Some(PATIENCE)).unwrap();
+            end.set_write_timeout(Some(PATIENCE)).unwrap();
+        }
+        (near, far)
+    }
+
+    /// Nothing has reached B's QEMU.
+    fn untouched(&self) {
+        self.qemu_b.set_nonblocking(true).unwrap();
+        assert_eq!(self.qemu_b.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        self.qemu_b.set_nonblocking(false).unwrap();
+    }
+}
+
+/// A pair of running tunnels, the first connection made.
+fn connected() -> (Pair, TunnelSpec, JoinHandle<Result<(), TunnelError>>) {
+    let pair = destination(|_| {});
+    let a = pair.source();
+    let a_runs = go(&a);
+    until(&a, |status| status.phase == Phase::Connected);
+    (pair, a, a_runs)
+}
+
+fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..bytes).map(|_| next()).collect()
+}
+
+fn send(mut to: UnixStream, bytes: Vec<u8>, chunks: Vec<usize>) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut rest = bytes.as_slice();
+        for chunk in chunks.iter().cycle() {
+            let (now, later) = rest.split_at((*chunk).min(rest.len()));
+            to.write_all(now).unwrap();
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        to.shutdown(Shutdown::Write).unwrap();
+    })
+}
+
+fn read_all(from: &mut UnixStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    from.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn bytes_and_ends_of_stream_pass_exactly_both_ways(
+        there in 0usize..3_000_000, back in 0usize..600_000,
+        chunks in prop::collection::vec(1usize..300_000, 1..8), seed: u64, back_first: bool,
+    ) {
+        let (pair, a, a_runs) = connected();
+        let (mut near, mut far) = pair.channel();
+        let (forth, reply) = (noise(seed, there), noise(!seed, back));
+        let sends_first = if back_first { &far } else { &near }.try_clone().unwrap();
+        let sends_then = if back_first { &near } else { &far }.try_clone().unwrap();
+        let (first, then) = if back_first { (&reply, &forth) } else { (&forth, &reply) };
+        let one = send(sends_first, first.clone(), chunks.clone());
+        // The second direction starts only after the first has ended: the half-closed state carries data.
+        let received = read_all(if back_first { &mut near } else { &mut far });
+        prop_assert!(&received == first);
+        let two = send(sends_then, then.clone(), chunks);
+        let received = read_all(if back_first { &mut far } else { &mut near });
+        prop_assert!(&received == then);
+        one.join().unwrap();
+        two.join().unwrap();
+        a_runs.join().unwrap().unwrap();
+        pair.b_runs.join().unwrap().unwrap();
+        let status = TunnelStatus::read(&a.status_path()).unwrap();
+        prop_assert_eq!(status.phase, Phase::Closed);
+        prop_assert_eq!((status.sent_bytes, status.received_bytes), (there as u64, back as u64));
+        let status = TunnelStatus::read(&pair.b.status_path()).unwrap();
+        prop_assert_eq!((status.sent_bytes, status.received_bytes), (back as u64, there as u64));
+    }
+}
+
+#[test]
+fn both_directions_flow_at_once_and_channels_keep_their_order() {
+    let (pair, a, a_runs) = connected();
+    let channels: Vec<_> = (0..CHANNELS_MAX).map(|_| pair.channel()).collect();
+    until(&a, |status| status.channels_open == CHANNELS_MAX);
+    // One more is turned away, and disturbs none of the others.
+    let mut excess = UnixStream::connect(pair.dir.path().join("outgoing")).unwrap();
+    excess.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(excess.read(&mut [0]).unwrap(), 0);
+    pair.untouched();
+    let mut senders = Vec::new();
+    for (number, (near, far)) in channels.iter().enumerate() {
+        let seed = number as u64 + 1;
+        senders.push(send(near.try_clone().unwrap(), noise(seed, 400_000), vec![70_000]));
+        senders.push(send(far.try_clone().unwrap(), noise(seed << 32, 300_000), vec![50_000]));
+    }
+    for (number, (mut near, mut far)) in channels.into_iter().enumerate() {
+        let seed = number as u64 + 1;
+        let reader = std::thread::spawn(move || read_all(&mut near));
+        assert!(read_all(&mut far) == noise(seed, 400_000), "channel {number}");
+        assert!(reader.join().unwrap() == noise(seed << 32, 300_000), "channel {number}");
+    }
+    senders.into_iter().for_each(|sender| sender.join().unwrap());
+    a_runs.join().unwrap().unwrap();
+    pair.b_runs.join().unwrap().unwrap();
+    let status = TunnelStatus::read(&a.status_path()).unwrap();
+    assert_eq!(
+        (status.channels_total, status.channels_open, status.refused),
+        (CHANNELS_MAX, 0, 1)
+    );
+}
+
+/// Talks TLS to B as the holder of an identity and gives a token; returns what B answers.
+fn knock(address: SocketAddr, identity: &str, token: [u8; 32]) -> std::io::Result<u8> {
+    let identity = NodeIdentity::load(&identities().join(identity)).unwrap();
+    let config = identity::tls::to_host(&identity, B).unwrap();
+    let mut tls = ClientConnection::new(Arc::new(config), identity::tls::unnamed()).unwrap();
+    let mut net = TcpStream::connect(address).unwrap();
+    net.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = rustls::Stream::new(&mut tls, &mut net);
+    stream.write_all(&token)?;
+    let mut answer = [0];
+    stream.read_exact(&mut answer)?;
+    Ok(answer[0])
+}
+
+#[test]
+fn strangers_reach_nothing_and_the_right_peer_gets_through_beside_them() {
+    let pair = destination(|_| {});
+    let silent: Vec<_> = (0..STRANGERS_MAX * 2)
+        .map(|_| TcpStream::connect(pair.address).unwrap())
+        .collect();
+    let mut garbage = TcpStream::connect(pair.address).unwrap();
+    garbage.write_all(&[0xff; 10_000]).unwrap();
+    // No certificate at all.
+    let mut bare = ClientConnection::new(
+        Arc::new(identity::tls::joining(identity::Fingerprint([0; 32])).unwrap()),
+        ServerName::try_from("b").unwrap(),
+    )
+    .unwrap();
+    let mut net = TcpStream::connect(pair.address).unwrap();
+    assert!(rustls::Stream::new(&mut bare, &mut net).write_all(b"x").is_err());
+    assert!(
+        knock(pair.address, "c", [7; 32]).is_err(),
+        "another host of the cluster"
+    );
+    assert!(knock(pair.address, "b", [7; 32]).is_err(), "the host itself");
+    assert!(
+        knock(pair.address, "forged", [7; 32]).is_err(),
+        "a host of another cluster with the same ids"
+    );
+    assert!(
+        knock(pair.address, "a", [8; 32]).is_err(),
+        "another migration of the right host"
+    );
+    let mut almost = [7; 32];
+    almost[31] = 6;
+    assert!(knock(pair.address, "a", almost).is_err());
+    pair.untouched();
+    until(&pair.b, |status| {
+        status.refused >= STRANGERS_MAX as u64 + 6 && status.phase == Phase::Listening
+    });
+
+    let a = pair.source();
+    let a_runs = go(&a);
+    let (near, far) = pair_when_connected(&pair, &a);
+    exchange(&near, &far);
+    drop((near, far, silent));
+    a_runs.join().unwrap().unwrap();
+    pair.b_runs.join().unwrap().unwrap();
+}
+
+fn pair_when_connected(pair: &Pair, a: &TunnelSpec) -> (UnixStream, UnixStream) {
+    until(a, |status| status.phase == Phase::Connected);
+    pair.channel()
+}
+
+fn exchange(mut near: &UnixStream, mut far: &UnixStream) {
+    near.write_all(b"ping").unwrap();
+    let mut bytes = [0; 4];
+    far.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"ping");
+    far.write_all(b"pong").unwrap();
+    near.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"pong");
+}
+
+#[test]
+fn a_source_gives_up_on_a_host_that_is_not_the_expected_one() {
+    // C listens where B should.
+    let pair = destination(|spec| spec.identity = identities().join("c"));
+    let a = pair.source();
+    let error = run(&{
+        a.write().unwrap();
+        a.clone()
+    })
+    .unwrap_err();
+    assert!(matches!(error, TunnelError::Dial(LinkError::WrongPeer(_))), "{error:?}");
+    let status = TunnelStatus::read(&a.status_path()).unwrap();
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.unwrap().contains(&format!("the peer is host {C}")));
+    pair.untouched();
+}
+
+#[test]
+fn a_source_with_the_token_of_another_migration_does_not_connect() {
+    let pair = destination(|spec| spec.token = Token::new([9; 32]));
+    let a = pair.source();
+    a.write().unwrap();
+    assert!(matches!(run(&a), Err(TunnelError::Dial(_))));
+    pair.untouched();
+}
+
+#[test]
+fn deadlines_end_a_tunnel_that_nobody_uses() {
+    let pair = destination(|spec| spec.connect_ms_max = 50);
+    assert!(matches!(pair.b_runs.join().unwrap(), Err(TunnelError::NobodyCame)));
+    let pair = destination(|spec| spec.begin_ms_max = 300);
+    let mut a = pair.source();
+    a.begin_ms_max = 50;
+    a.write().unwrap();
+    assert!(matches!(run(&a), Err(TunnelError::NotBegun)));
+    assert!(matches!(
+        pair.b_runs.join().unwrap(),
+        Err(TunnelError::Left | TunnelError::NotBegun)
+    ));
+}
+
+#[test]
+fn a_qemu_that_dies_is_seen_by_the_other_at_once() {
+    let (pair, _a, a_runs) = connected();
+    let (mut near, far) = pair.channel();
+    exchange(&near, &far);
+    let died = Instant::now();
+    drop(far);
+    // First the end of what B's QEMU sent, then writing to it fails.
+    assert_eq!(near.read(&mut [0]).unwrap(), 0);
+    let block = vec![0; 1 << 20];
+    while near.write_all(&block).is_ok() {
+        assert!(died.elapsed() < Duration::from_secs(5));
+    }
+    assert!(a_runs.join().unwrap().is_err());
+    assert!(matches!(
+        pair.b_runs.join().unwrap(),
+        Err(TunnelError::Relay(RelayError::Local(_)))
+    ));
+}
+
+/// Not a test: the tunnel process of the tests below, started with the specification's path in the environment.
+#[test]
+#[ignore = "is run by the tests that need a tunnel in its own process"]
+fn tunnel_process() {
+    if let Some(spec) = std::env::var_os("GODWIT_TEST_TUNNEL_SPEC") {
+        super::main(Path::new(&spec)).unwrap();
+    }
+}
+
+/// A program that takes `tunnel --spec PATH` as godwit does, and becomes this test binary's `tunnel_process`.
+fn tunnel_program(dir: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let program = dir.join("program");
+    let me = std::env::current_exe().unwrap();
+    let text = format!(
+        "#!/bin/sh\nGODWIT_TEST_TUNNEL_SPEC=\"$3\" exec '{}' --exact tunnel::tests::tunnel_process --ignored\n",
+        me.display()
+    );
+    std::fs::write(&program, text).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+    program
+}
+
+#[test]
+fn a_tunnel_is_its_own_process_found_again_and_its_death_ends_both_streams_at_once() {
+    let pair = destination(|_| {});
+    let a = pair.source();
+    let running = spawn(&a, &tunnel_program(pair.dir.path())).unwrap();
+    let (mut near, mut far) = pair_when_connected(&pair, &a);
+    exchange(&near, &far);
+    let session = rustix::process::getsid(rustix::process::Pid::from_raw(running.pid as i32)).unwrap();
+    assert_eq!(
+        session.as_raw_nonzero().get(),
+        running.pid as i32,
+        "it leads its own session"
+    );
+
+    assert!(matches!(
+        adopt(running.pid, running.start_time + 1),
+        Err(ProcessError::Ended(_))
+    ));
+    let adopted = adopt(running.pid, running.start_time).unwrap();
+    assert!(!adopted.wait_end(Duration::ZERO).unwrap());
+    exchange(&near, &far);
+
+    let died = Instant::now();
+    adopted.kill().unwrap();
+    // Cut, so neither QEMU may take it for the end: A's socket is closed, B's tunnel reports the cut.
+    assert!(!matches!(near.read(&mut [0]), Ok(1..)));
+    assert!(!matches!(far.read(&mut [0]), Ok(1..)));
+    assert!(died.elapsed() < Duration::from_secs(5));
+    assert!(adopted.wait_end(PATIENCE).unwrap());
+    assert!(matches!(
+        adopt(running.pid, running.start_time),
+        Err(ProcessError::Ended(_))
+    ));
+    let outcome = pair.b_runs.join().unwrap();
+    let cut = matches!(
+        outcome,
+        Err(TunnelError::Relay(RelayError::Truncated | RelayError::Network(_)))
+    );
+    assert!(cut, "{outcome:?}");
+    assert!(TunnelStatus::read(&a.status_path()).unwrap().phase == Phase::Relaying);
+}
+
+#[test]
+fn a_spec_is_private_versioned_and_strict() {
+    let dir = tempfile::tempdir().unwrap();
+    let side = Side::Destination {
+        listen: "[::1]:0".parse().unwrap(),
+        incoming: "/run/x".into(),
+    };
+    let mut spec = spec(dir.path(), "b", A, side);
+    let path = spec.write().unwrap();
+    assert_eq!(TunnelSpec::read(&path).unwrap(), spec);
+    assert!(!format!("{spec:?}").contains("0707"));
+    spec.version = 2;
+    spec.write().unwrap();
+    assert!(matches!(TunnelSpec::read(&path), Err(SpecError::Version(2))));
+    for bad in ["", "{}", "[]", "null", "{\"version\":1}"] {
+        identity::secret_file::replace(&path, bad.as_bytes()).unwrap();
+        assert!(matches!(TunnelSpec::read(&path), Err(SpecError::Malformed(_))));
+    }
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(matches!(TunnelSpec::read(&path), Err(SpecError::Read(_))));
+}
