@@ -27,6 +27,8 @@ const CHUNK: usize = 64 << 10;
 /// An idle or stuck connection is dropped after this; longer than any migration holds a packet back.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 
+const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
 /// One parsed request.
 struct Request {
     method: String,
@@ -85,7 +87,15 @@ fn converse(guest: &Guest, connection: &TcpStream) -> io::Result<()> {
     connection.set_read_timeout(Some(SILENCE_MAX))?;
     connection.set_write_timeout(Some(SILENCE_MAX))?;
     let mut reader = BufReader::new(connection);
-    while let Some(request) = read_request(&mut reader)? {
+    loop {
+        let request = match read_request(&mut reader) {
+            Ok(Some(request)) => request,
+            Ok(None) => break,
+            Err(error) => {
+                let _ = (&mut &*connection).write_all(BAD_REQUEST);
+                return Err(error);
+            }
+        };
         let answer = route(guest, &request);
         send(guest, connection, &request, answer)?;
         if !request.keep_alive {

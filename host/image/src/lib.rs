@@ -16,5 +16,15 @@
 //!   time and output; what is kept is a fresh conversion, so nothing of the original's structure survives.
 //! - A failure leaves no file behind. Programs run from argument vectors, with a deadline.
 
+mod import;
 pub mod micro;
+mod pool;
 pub mod process;
+mod qcow2;
+mod vet;
+mod volume;
+
+pub use import::{ImportError, ImportLimits, Imported};
+pub use pool::{Capacity, Incoming, Pool, PoolError, ReceiveError};
+pub use vet::{ImageInfo, Refusal, VIRTUAL_BYTES_MAX, vet};
+pub use volume::{Base, VolumeError, VolumeRequest, VolumeUsage};

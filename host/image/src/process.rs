@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 /// What is kept of a program's standard output, and of its standard error.
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
+const PIECE_BYTES: usize = 64 << 10;
 /// How much of a program's complaint goes into an error message.
 const COMPLAINT_CHARS_MAX: usize = 400;
 
@@ -113,29 +114,38 @@ impl Run {
     /// # Errors
     /// See [`RunError`]. A program past its deadline has been killed and reaped when this returns.
     pub fn output(self) -> Result<Vec<u8>, RunError> {
+        self.output_seen(&mut |_| ())
+    }
+
+    /// As [`Run::output`]; also shows each piece of standard output as it comes.
+    ///
+    /// # Errors
+    /// As for [`Run::output`].
+    pub fn output_seen(self, seen: &mut dyn FnMut(&[u8])) -> Result<Vec<u8>, RunError> {
         let program = self.program.clone();
-        let wait = |source| RunError::Wait {
+        let lost = |source| RunError::Wait {
             program: program.clone(),
             source,
         };
-        let mut child = self.command().spawn().map_err(|source| RunError::Start {
+        let started = self.command().spawn();
+        let mut child = started.map_err(|source| RunError::Start {
             program: program.clone(),
             source,
         })?;
-        let output = child.stdout.take().map(collect);
         let complaint = child.stderr.take().map(collect);
-        let status = wait_until(&mut child, self.deadline).map_err(wait)?;
-        let Some(status) = status else {
+        let followed = follow(&mut child, Instant::now() + self.deadline, seen);
+        if !matches!(followed, Ok(Some(_))) {
+            // It may have ended by itself meanwhile: either way it is reaped.
+            let _ = child.kill();
+        }
+        let status = child.wait().map_err(lost)?;
+        let complaint = complaint.and_then(|reader| reader.join().ok()).unwrap_or_default();
+        let Some(output) = followed.map_err(lost)? else {
             return Err(RunError::Deadline {
                 program,
                 deadline_s: self.deadline.as_secs(),
             });
         };
-        let joined = |reader: Option<std::thread::JoinHandle<Vec<u8>>>| reader.and_then(|r| r.join().ok());
-        let (output, complaint) = (
-            joined(output).unwrap_or_default(),
-            joined(complaint).unwrap_or_default(),
-        );
         if !status.success() {
             return Err(RunError::Failed {
                 program,
@@ -184,25 +194,39 @@ fn collect(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<
     })
 }
 
-/// Waits for the child's end; `None` when the deadline passed and it was killed.
-fn wait_until(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
-    let end = Instant::now() + deadline;
+/// Reads standard output until the child has ended; `None` when the deadline came first.
+fn follow(child: &mut Child, end: Instant, seen: &mut dyn FnMut(&[u8])) -> io::Result<Option<Vec<u8>>> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let (mut pipe, mut output) = (child.stdout.take(), Vec::new());
+    let mut piece = vec![0; PIECE_BYTES];
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let timeout = Timespec {
             tv_sec: left.as_secs() as i64,
             tv_nsec: i64::from(left.subsec_nanos()),
         };
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => {
-                child.kill()?;
-                child.wait()?;
-                return Ok(None);
+        let mut polled = vec![PollFd::new(&pidfd, PollFlags::IN)];
+        polled.extend(pipe.iter().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+        let count = match poll(&mut polled, Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => continue,
+            count => count?,
+        };
+        if count == 0 {
+            return Ok(None);
+        }
+        let ended = !polled[0].revents().is_empty();
+        let readable = polled.get(1).is_some_and(|pipe| !pipe.revents().is_empty());
+        if let Some(reader) = pipe.as_mut().filter(|_| readable) {
+            let length = reader.read(&mut piece)?;
+            seen(&piece[..length]);
+            let room = (OUTPUT_BYTES_MAX as usize).saturating_sub(output.len());
+            output.extend_from_slice(&piece[..length.min(room)]);
+            if length == 0 {
+                pipe = None;
             }
-            Ok(_) => return child.wait().map(Some),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+        } else if ended {
+            // What it wrote before its end has been read; a child of its own that still holds the pipe is not waited for.
+            return Ok(Some(output));
         }
     }
 }

@@ -265,6 +265,7 @@ fn the_guest_serves_and_proves_its_time_memory_and_disk_and_the_power_button_end
     downloads_carry_their_checksum(&guest);
     memory_is_rewritten_at_the_set_rate_and_verified(&guest);
     disk_holds_what_was_written(&guest);
+    nonsense_is_refused_and_the_server_lives_on(&guest);
     echo_counts(&guest, later["counter"].as_u64().unwrap());
 
     guest.console.write_all(b"\n").unwrap();
@@ -325,6 +326,18 @@ fn disk_holds_what_was_written(guest: &Guest) {
     assert_eq!(checked["checksum"], format!("{:016x}", checksum.value()));
     let (refused, _) = guest.request("POST", "/disk/write?mib=64");
     assert!(refused.contains("400"), "64 MiB and the header do not fit");
+}
+
+fn nonsense_is_refused_and_the_server_lives_on(guest: &Guest) {
+    let long = format!("/{}", "a".repeat(9000));
+    for target in [
+        long.as_str(),
+        "/ HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX: ",
+        "/ HTTP/1.1\r\nContent-Length: -1\r\nX: ",
+    ] {
+        assert!(guest.request("GET", target).0.contains("400"));
+    }
+    assert!(guest.request("GET", "/nowhere").0.contains("404"));
 }
 
 fn echo_counts(guest: &Guest, mut last: u64) {
@@ -401,7 +414,7 @@ fn the_manifest_is_read_back_and_notices_a_changed_file() {
 }
 
 #[test]
-fn a_failed_build_leaves_nothing() {
+fn a_failed_build_leaves_what_was_there_before() {
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("template");
     let sources = Sources {
@@ -414,4 +427,13 @@ fn a_failed_build_leaves_nothing() {
     };
     build(&target, &sources, &mut |_| ()).unwrap_err();
     assert!(!target.exists());
+
+    std::fs::create_dir(&target).unwrap();
+    std::fs::write(target.join("manifest.json"), "of an earlier build").unwrap();
+    build(&target, &sources, &mut |_| ()).unwrap_err();
+    let names: Vec<_> = std::fs::read_dir(&target)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["manifest.json"]);
 }

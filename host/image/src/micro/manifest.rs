@@ -171,7 +171,7 @@ impl TemplateFiles {
     }
 }
 
-/// Hashes the files that the build made and writes the manifest, atomically.
+/// Hashes the files that the build made and writes the manifest.
 pub(crate) fn write(
     directory: &Path,
     kernel_release: &str,
@@ -209,11 +209,8 @@ pub(crate) fn write(
         memory_mib_min: 128,
     };
     let path = directory.join(MANIFEST);
-    let fresh = directory.join("manifest.json.new");
     let text = serde_json::to_vec_pretty(&files).map_err(|error| failed("write", &path)(error.into()))?;
-    std::fs::write(&fresh, text)
-        .and_then(|()| std::fs::rename(&fresh, &path))
-        .map_err(failed("write", &path))?;
+    std::fs::write(&path, text).map_err(failed("write", &path))?;
     progress(Progress {
         step: Step::Manifest,
         detail: "done".into(),
@@ -221,6 +218,20 @@ pub(crate) fn write(
         bytes_total,
     });
     Ok(files)
+}
+
+/// Moves a finished template's files from `scratch` to `directory`, the manifest away first and back last.
+pub(crate) fn put_in_place(scratch: &Path, directory: &Path) -> Result<(), BuildError> {
+    let manifest = directory.join(MANIFEST);
+    match std::fs::remove_file(&manifest) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("replace", &manifest)(error)),
+        _ => {}
+    }
+    for name in [KERNEL, INITRD, DISK, MANIFEST] {
+        let path = directory.join(name);
+        std::fs::rename(scratch.join(name), &path).map_err(failed("write", &path))?;
+    }
+    Ok(())
 }
 
 /// Size and SHA-256 of a file.

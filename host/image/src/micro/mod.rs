@@ -110,8 +110,8 @@ pub enum BuildError {
 /// Makes the template in `directory` (created when absent) and describes it in `directory/manifest.json`.
 ///
 /// The same parts give the same bytes. Nothing is installed on this machine: packages that are not there are downloaded
-/// with `apt-get download` and unpacked under the cache. The manifest is written last, so a directory without one is not a
-/// template; files of an unfinished build are removed.
+/// with `apt-get download` and unpacked under the cache. The files are put in place together, the manifest last: a
+/// directory without one is no template, and a build that fails leaves what was there before.
 ///
 /// # Errors
 /// See [`BuildError`].
@@ -121,14 +121,15 @@ pub fn build(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<TemplateFiles, BuildError> {
     let existed = directory.exists();
-    let result = build_files(directory, sources, progress);
-    if result.is_err() {
-        for name in [manifest::KERNEL, manifest::INITRD, manifest::DISK, manifest::MANIFEST] {
-            let _ = std::fs::remove_file(directory.join(name));
-        }
-        if !existed {
-            let _ = std::fs::remove_dir(directory);
-        }
+    let scratch = directory.join(format!(".building-{}", uuid::Uuid::new_v4()));
+    let result = build_files(&scratch, sources, progress).and_then(|files| {
+        manifest::put_in_place(&scratch, directory)?;
+        Ok(files)
+    });
+    let _ = std::fs::remove_dir_all(&scratch);
+    if result.is_err() && !existed {
+        // Only when it is empty: nothing of others is removed.
+        let _ = std::fs::remove_dir(directory);
     }
     result
 }
@@ -139,7 +140,6 @@ fn build_files(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<TemplateFiles, BuildError> {
     std::fs::create_dir_all(directory).map_err(failed("create", directory))?;
-    let _ = std::fs::remove_file(directory.join(manifest::MANIFEST));
     let kernel = packages::kernel(sources, progress)?;
     let busybox = packages::busybox(sources, progress)?;
 
@@ -148,19 +148,19 @@ fn build_files(
     let initrd = initrd::make(&kernel, &busybox, progress)?;
     write(&directory.join(manifest::INITRD), &initrd)?;
 
+    let detail = "making a blank disk".into();
     progress(Progress {
         step: Step::Disk,
-        detail: "making a blank disk".into(),
+        detail,
         bytes_done: 0,
         bytes_total: 0,
     });
-    let disk = directory.join(manifest::DISK);
     Run::new("qemu-img", Duration::from_secs(60))
         .arg("create")
         .arg("-q")
         .arg("-f")
         .arg("qcow2")
-        .arg(&disk)
+        .arg(directory.join(manifest::DISK))
         .arg(DISK_BYTES.to_string())
         .output()
         .map_err(BuildError::Disk)?;

@@ -228,7 +228,7 @@ fn fetch(
         let path = path.to_path_buf();
         move |source| SourceError::Cache { path, source }
     };
-    let scratch = cache.join(format!("fetching-{}", std::process::id()));
+    let scratch = cache.join(format!("fetching-{}", uuid::Uuid::new_v4()));
     std::fs::create_dir_all(&scratch).map_err(unusable(&scratch))?;
     let result = fetch_into(&scratch, packages, step, progress).and_then(|()| {
         // Somebody else may have been quicker: theirs is as good.
