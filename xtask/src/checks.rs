@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every check in turn, cheapest first, stopping at the first that fails.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -202,18 +202,23 @@ enum As {
 
 /// Runs a command that runs tests, and counts them.
 fn libtest(mut command: Command, tally: &mut Tally, who: As) -> Result<()> {
-    let notes = target_dir()?.join("left-out.txt");
-    fs::create_dir_all(notes.parent().context("the target directory has a parent")?)?;
-    fs::write(&notes, "")?;
-    command.env(LEFT_OUT, &notes);
     if let Second::Here(dir, _) = second_qemu()? {
         command.env(VARIABLE, dir);
     }
+    let target = target_dir()?;
+    fs::create_dir_all(&target).with_context(|| format!("cannot create {}", target.display()))?;
+    count(command, &target.join("left-out.txt"), tally, who)
+}
+
+/// Runs the command with `notes` for what is left out, and adds up both.
+fn count(mut command: Command, notes: &Path, tally: &mut Tally, who: As) -> Result<()> {
+    fs::write(notes, "").with_context(|| format!("cannot write {}", notes.display()))?;
+    command.env(LEFT_OUT, notes);
     if who == As::Root && !is_root() {
         command = with_sudo(&command);
     }
     let ended_well = watch(&mut command, |line| tally.see(line))?;
-    let noted = fs::read_to_string(&notes).unwrap_or_default();
+    let noted = fs::read_to_string(notes).with_context(|| format!("cannot read {}", notes.display()))?;
     tally.left_out.extend(noted.lines().map(str::to_owned));
     if !ended_well {
         bail!("tests failed or did not build");
@@ -373,6 +378,26 @@ mod tests {
             ..Tally::default()
         };
         assert_eq!(tally.line(), "2 passed, 0 failed");
+    }
+
+    #[test]
+    fn what_a_test_program_notes_as_left_out_is_read_and_its_failure_is_one() {
+        let notes = std::env::temp_dir().join(format!("godwit-left-out-test-{}", std::process::id()));
+        let program = |code: u8| {
+            let mut command = Command::new("sh");
+            let script =
+                "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'; echo 'across: none' >> $GODWIT_LEFT_OUT";
+            command.args(["-c", &format!("{script}; exit {code}")]);
+            command
+        };
+        let mut tally = Tally::default();
+        count(program(0), &notes, &mut tally, As::User).unwrap();
+        assert_eq!(
+            (tally.line().as_str(), tally.left_out.as_slice()),
+            ("1 passed, 0 failed", &["across: none".into()][..])
+        );
+        assert!(count(program(1), &notes, &mut tally, As::User).is_err());
+        fs::remove_file(&notes).unwrap();
     }
 
     #[test]
