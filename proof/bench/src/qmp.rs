@@ -46,7 +46,12 @@ impl Qmp {
     /// When QEMU refuses it or is gone.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let message = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.stream.get_mut(), "{message}").with_context(|| format!("send {command}"))?;
+        // In one piece: QEMU acts on the closing brace, and after `quit` nobody reads the newline.
+        let line = format!("{message}\n");
+        self.stream
+            .get_mut()
+            .write_all(line.as_bytes())
+            .with_context(|| format!("send {command}"))?;
         loop {
             let mut answer = self.message().with_context(|| format!("the answer to {command}"))?;
             if let Some(error) = answer.get("error") {

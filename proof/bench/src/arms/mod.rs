@@ -1,10 +1,12 @@
 //! The arms: each a frozen way to move the same guest from one host to another.
 
+mod libvirt;
 mod qemu;
 mod qemu_default;
 mod qemu_tuned;
 mod qemu_tuned_tls;
 
+pub use libvirt::{Libvirt, PRIVATE as LIBVIRT_PRIVATE};
 pub use qemu_default::QemuDefault;
 pub use qemu_tuned::QemuTuned;
 pub use qemu_tuned_tls::QemuTunedTls;

@@ -25,6 +25,9 @@ struct Args {
     /// Write the result here.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Install libvirt by apt first when it is missing.
+    #[arg(long)]
+    install: bool,
     /// The QEMU that all arms run.
     #[arg(long, default_value = "/usr/bin/qemu-system-x86_64")]
     qemu: PathBuf,
@@ -46,37 +49,30 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let rounds = if args.quick { 3 } else { args.pairs };
+    if args.install && !arms::Libvirt::is_installed() {
+        install_libvirt()?;
+    }
     let mut arms = chosen(&args.arms)?;
+    let private = if arms::Libvirt::is_installed() {
+        arms::LIBVIRT_PRIVATE.iter().map(PathBuf::from).collect()
+    } else {
+        Vec::new()
+    };
     let lab = Lab::new(&LabConfig {
         hosts: 4,
         id: None,
         programs: Vec::new(),
-        private: Vec::new(),
+        private,
     })?;
     let guest = Guest::build(&lab, &args.qemu)?;
     let bench = Bench {
         lab: &lab,
         guest: &guest,
     };
-    let mut case = Case {
-        name: "calm-512M".into(),
-        arms: arms.iter().map(|arm| (arm.name(), Vec::new())).collect(),
-    };
-    for round in 0..=rounds {
-        for (index, arm) in arms.iter_mut().enumerate() {
-            let sample = measure::sample(arm.as_mut(), &bench)?;
-            let note = if round == 0 { "warm-up" } else { "" };
-            eprintln!(
-                "round {round:>3}/{rounds}  {:<18} blackout {:>6.1} ms  running after {:>7.1} ms  {note}",
-                arm.name(),
-                sample.blackout_ms,
-                sample.request_to_running_ms,
-            );
-            if round > 0 {
-                case.arms[index].1.push(sample);
-            }
-        }
-    }
+    let case = measured(&mut arms, &bench, rounds).map_err(|error| match lab.keep_logs() {
+        Some(dir) => error.context(format!("logs: {}", dir.display())),
+        None => error,
+    })?;
     let machine = machine(args)?;
     let cases = [case];
     println!("\n{}", report::table(&machine, &cases));
@@ -87,20 +83,69 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// All rounds of all arms, interleaved; the first round warms up and is dropped.
+fn measured(arms: &mut [Box<dyn Arm>], bench: &Bench<'_>, rounds: u32) -> Result<Case> {
+    let mut case = Case {
+        name: "calm-512M".into(),
+        arms: arms.iter().map(|arm| (arm.name(), Vec::new())).collect(),
+    };
+    for round in 0..=rounds {
+        for (index, arm) in arms.iter_mut().enumerate() {
+            let sample = measure::sample(arm.as_mut(), bench)?;
+            let note = if round == 0 { "  warm-up" } else { "" };
+            eprintln!(
+                "round {round:>3}/{rounds}  {:<18} blackout {:>6.1} ms  running after {:>7.1} ms{note}",
+                arm.name(),
+                sample.blackout_ms,
+                sample.request_to_running_ms,
+            );
+            if round > 0 {
+                case.arms[index].1.push(sample);
+            }
+        }
+    }
+    Ok(case)
+}
+
 /// All arms that can run here, or those asked for.
 fn chosen(names: &[String]) -> Result<Vec<Box<dyn Arm>>> {
-    let mut all: Vec<Box<dyn Arm>> = vec![
+    let mut all: Vec<Box<dyn Arm>> = Vec::new();
+    if arms::Libvirt::is_installed() {
+        all.push(Box::new(arms::Libvirt::default()));
+        all.push(Box::new(arms::Libvirt::tuned()));
+    } else {
+        eprintln!("arms libvirt and libvirt-tuned are left out: libvirt is not installed (--install gets it)");
+    }
+    let bare: Vec<Box<dyn Arm>> = vec![
         Box::new(arms::QemuTuned::default()),
         Box::new(arms::QemuTunedTls::default()),
         Box::new(arms::QemuTunedTls::two_channels()),
         Box::new(arms::QemuDefault::default()),
     ];
+    all.splice(0..0, bare);
     let known: Vec<_> = all.iter().map(|arm| arm.name()).collect();
     if let Some(unknown) = names.iter().find(|name| !known.contains(&name.as_str())) {
         bail!("no arm is called `{unknown}`; there are: {}", known.join(", "));
     }
     all.retain(|arm| names.is_empty() || names.iter().any(|name| name == arm.name()));
     Ok(all)
+}
+
+/// Without `libvirt-daemon-system`: no service starts on this machine, no bridge
+/// appears; each host of the lab has a libvirtd of its own.
+fn install_libvirt() -> Result<()> {
+    eprintln!("installing libvirt by apt ...");
+    let argv = [
+        "apt-get",
+        "install",
+        "-y",
+        "-q",
+        "--no-install-recommends",
+        "libvirt-daemon",
+        "libvirt-daemon-driver-qemu",
+        "libvirt-clients",
+    ];
+    e2e::run::run_env(&argv, &[("DEBIAN_FRONTEND", "noninteractive".to_owned())]).map(drop)
 }
 
 fn machine(args: &Args) -> Result<Machine> {

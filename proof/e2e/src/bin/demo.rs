@@ -139,7 +139,10 @@ fn demo(args: &Args) -> Result<bool> {
             Ok(good)
         }
         Err(error) => {
-            let kept = keep_logs(&cluster).map_or_else(String::new, |dir| format!("\n  logs: {}", dir.display()));
+            let kept = cluster
+                .lab()
+                .keep_logs()
+                .map_or_else(String::new, |dir| format!("\n  logs: {}", dir.display()));
             Err(error.context(format!("the demo did not end well{kept}")))
         }
     }
@@ -258,14 +261,4 @@ fn stay(cluster: &Cluster, godwit: &Path) -> Result<()> {
     loop {
         std::thread::park();
     }
-}
-
-/// The lab is removed with its logs; a failed demo leaves a copy of them.
-fn keep_logs(cluster: &Cluster) -> Option<PathBuf> {
-    let kept = std::env::temp_dir().join(format!("godwit-demo-logs-{}", cluster.lab().id()));
-    std::fs::create_dir(&kept).ok()?;
-    for entry in std::fs::read_dir(cluster.lab().logs()).ok()?.flatten() {
-        std::fs::copy(entry.path(), kept.join(entry.file_name())).ok()?;
-    }
-    Some(kept)
 }

@@ -165,14 +165,20 @@ impl Host {
         ];
         for (index, path) in config.private.iter().enumerate() {
             let from = self.dir.join("private").join(index.to_string());
-            run(&["cp", "-a", &path.to_string_lossy(), &from.to_string_lossy()])?;
+            if path.exists() {
+                run(&["cp", "-a", &path.to_string_lossy(), &from.to_string_lossy()])?;
+            } else {
+                fs::create_dir(&from).context("cannot make a host's private directory")?;
+            }
             places.push((from, path.clone()));
         }
-        for fresh in ["/run", "/srv", "/var/lib"] {
+        for fresh in ["/run", "/srv", "/var/lib", "/var/cache", "/var/log"] {
             self.mount(&["-t", "tmpfs", "-o", "mode=0755", "godwit-lab", fresh])?;
         }
         for (from, to) in &places {
-            self.inside(&["mkdir", "-p", &to.to_string_lossy()])?;
+            if !from.is_file() {
+                self.inside(&["mkdir", "-p", &to.to_string_lossy()])?;
+            }
             self.mount_from("--rbind", from, to)?;
         }
         let boot_id = Path::new("/proc/sys/kernel/random/boot_id");

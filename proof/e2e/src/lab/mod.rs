@@ -33,7 +33,9 @@ pub struct LabConfig {
     /// Programs made visible in every host under `/run/godwit-bin/NAME`,
     /// wherever they are on this machine.
     pub programs: Vec<(String, PathBuf)>,
-    /// Further directories private to each host, as libvirt's; they must exist here.
+    /// Further directories and files private to each host, as libvirt's, begun as copies of this
+    /// machine's; those that do not exist here must be below /run, /srv or
+    /// /var/{lib,cache,log}, which every host has for itself.
     pub private: Vec<PathBuf>,
 }
 
@@ -116,6 +118,17 @@ impl Lab {
     /// Where the output of the lab's processes goes, one file each.
     pub fn logs(&self) -> PathBuf {
         self.dir.join("logs")
+    }
+
+    /// Copies the logs to a directory that outlives the lab; none when that fails,
+    /// because this is for telling why something else failed.
+    pub fn keep_logs(&self) -> Option<PathBuf> {
+        let kept = std::env::temp_dir().join(format!("godwit-lab-logs-{}", self.id));
+        fs::create_dir(&kept).ok()?;
+        for entry in fs::read_dir(self.logs()).ok()?.flatten() {
+            fs::copy(entry.path(), kept.join(entry.file_name())).ok()?;
+        }
+        Some(kept)
     }
 
     /// The shared pool as seen from this machine.
