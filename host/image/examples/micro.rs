@@ -1,5 +1,6 @@
 //! Builds the micro template: `cargo run -p image --example micro -- DIRECTORY CACHE`.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -8,14 +9,16 @@ fn main() -> ExitCode {
         eprintln!("usage: micro DIRECTORY CACHE");
         return ExitCode::from(2);
     };
+    // A closed standard output is no reason to stop.
+    let say = |line: String| drop(writeln!(std::io::stdout(), "{line}"));
     let mut show = |p: image::micro::Progress| {
-        println!(
+        say(format!(
             "{:?}: {} ({} of {} bytes)",
             p.step, p.detail, p.bytes_done, p.bytes_total
-        );
+        ));
     };
     match image::micro::build(directory.as_ref(), &image::micro::Sources::found(cache), &mut show) {
-        Ok(files) => println!("{files:#?}"),
+        Ok(files) => say(format!("{files:#?}")),
         Err(error) => {
             eprintln!("{error}");
             let mut source = std::error::Error::source(&error);

@@ -44,7 +44,6 @@ const COMPRESSED: u64 = 1 << 62;
 /// What a sound header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
-    pub(crate) version: u32,
     pub(crate) cluster_bits: u32,
     pub(crate) virtual_bytes: u64,
     incompatible: u64,
@@ -175,7 +174,6 @@ pub(crate) fn parse(head: &[u8], file_bytes: u64) -> Result<Header, Refusal> {
         parse_v3(head, file_bytes, cluster_bits)?
     };
     let header = Header {
-        version,
         cluster_bits,
         virtual_bytes: u64_at(head, 24),
         incompatible,

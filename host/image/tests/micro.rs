@@ -5,6 +5,10 @@
 
 use image::micro::stream::{Checksum, Words};
 use image::micro::{Sources, TemplateFiles, build};
+use image::{Base, Pool, VolumeRequest};
+use model::VolumeId;
+use model::storage::Format;
+use model::template::Boot;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpStream, UdpSocket};
@@ -411,6 +415,34 @@ fn the_manifest_is_read_back_and_notices_a_changed_file() {
             .to_string()
             .contains("outside")
     );
+}
+
+#[test]
+fn a_stored_template_is_three_blobs_and_its_disk_a_base_for_overlays() {
+    let (directory, files) = template();
+    let root = tempfile::tempdir().unwrap();
+    let pool = Pool::open(root.path()).unwrap();
+    files.store(directory, &pool).unwrap();
+    files.store(directory, &pool).unwrap();
+    assert_eq!(pool.blobs().unwrap().len(), 3);
+    let content = files.content();
+    let Boot::Direct { kernel, .. } = &content.boot else {
+        panic!("{:?}", content.boot)
+    };
+    assert!(pool.blob_is_intact(kernel.digest).unwrap());
+    let disk = content.disk.unwrap();
+    let base = Some(Base {
+        digest: disk.blob.digest,
+        format: disk.format,
+    });
+    let id = VolumeId(uuid::Uuid::from_u128(1));
+    let request = VolumeRequest {
+        id,
+        format: Format::Qcow2,
+        size_bytes: disk.size_bytes,
+        base,
+    };
+    pool.create_volume(&request).unwrap();
 }
 
 #[test]

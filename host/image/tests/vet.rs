@@ -381,13 +381,24 @@ proptest! {
     /// Whatever happens to the header, the reader does not panic, and what it lets in names no other file.
     #[test]
     fn a_mutated_header_never_panics_and_never_smuggles_a_file(
-        writes in proptest::collection::vec((0_usize..600, any::<u8>()), 1..8),
+        smuggled in prop_oneof![
+            Just(None),
+            // A backing file's name where one may be: alone random bytes would hardly ever hit upon it.
+            (112_u64..4096, 1_u32..1024).prop_map(|(at, length)| Some((at, length, 0))),
+            (0_u8..32).prop_map(|bits| Some((0, 0, bits))),
+        ],
+        writes in proptest::collection::vec((0_usize..600, any::<u8>()), 0..4),
         whole in proptest::option::of((0_usize..14, prop_oneof![any::<u64>(), Just(u64::MAX), 0_u64..1 << 24])),
         length in prop_oneof![4 => Just(usize::MAX), 1 => 0_usize..700_000],
     ) {
         let mut bytes = sound().to_vec();
         if let Some((field, value)) = whole {
             bytes[field * 8..field * 8 + 8].copy_from_slice(&value.to_be_bytes());
+        }
+        if let Some((at, length, features)) = smuggled {
+            bytes[8..16].copy_from_slice(&at.to_be_bytes());
+            bytes[16..20].copy_from_slice(&length.to_be_bytes());
+            bytes[79] = features;
         }
         for (at, value) in writes {
             bytes[at] = value;
@@ -404,5 +415,24 @@ proptest! {
         // As raw, the magic alone decides.
         let raw = vet(&path, Format::Raw);
         prop_assert!(raw.is_err() || !bytes.starts_with(b"QFI\xfb"));
+    }
+
+    /// Nor does anything in the tables.
+    #[test]
+    fn mutated_tables_never_panic(
+        writes in proptest::collection::vec((0_usize..64, any::<u64>(), any::<bool>()), 1..6),
+    ) {
+        let mut bytes = sound().to_vec();
+        let l1_at = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+        let l2_at = (u64::from_be_bytes(bytes[l1_at..l1_at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00) as usize;
+        for (entry, value, first_level) in writes {
+            let at = if first_level { l1_at } else { l2_at + entry * 8 };
+            bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = file(directory.path(), &bytes);
+        if let Err(refusal) = vet(&path, Format::Qcow2) {
+            prop_assert!(matches!(refusal, Refusal::Truncated { .. } | Refusal::Field { .. }), "{}", refusal);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What a template directory holds: `manifest.json`, with the size and digest of each file.
 
 use super::{BASE_COMMAND_LINE, BuildError, DISK_BYTES, Progress, Step, failed};
+use crate::pool::{Pool, PoolError, ReceiveError};
 use model::storage::{Digest, Format};
 use model::template::{Blob, Boot, Content, Disk};
 use serde::{Deserialize, Serialize};
@@ -163,6 +164,23 @@ impl TemplateFiles {
             disk: Some(disk),
             memory_mib_min: self.memory_mib_min,
         }
+    }
+
+    /// Puts the template's files into a pool as blobs; those that are there already are not read.
+    ///
+    /// # Errors
+    /// See [`ReceiveError`]: a file that is not the one that was built is refused by its digest.
+    pub fn store(&self, directory: &Path, pool: &Pool) -> Result<(), ReceiveError> {
+        for artifact in self.artifacts() {
+            let path = directory.join(&artifact.file);
+            let mut file = File::open(&path).map_err(|source| PoolError {
+                doing: "open",
+                path,
+                source,
+            })?;
+            pool.receive_blob(artifact.blob(), &mut file)?;
+        }
+        Ok(())
     }
 
     /// The kernel, the initramfs, the disk.
