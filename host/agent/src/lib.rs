@@ -1,3 +1,165 @@
-//! The shell on each host: connections, journal, timers, processes.
+//! The shell on each host: connections, journal file, timers, processes; one `task` for each VM.
+//!
+//! ```text
+//!   controller ◀── session ──▶ ┌────────────────────────────┐ ◀── peers ──▶ other agents
+//!                              │ Shared: journal, reports   │
+//!                              │  ├─ runner: Task of a VM ──┼──▶ qemu (a process of its own)
+//!                              │  ├─ runner: Task of a VM ──┼──▶ tunnel (a process of its own)
+//!                              │  └─ …                      │──▶ network, image
+//!                              └────────────────────────────┘
+//! ```
+//!
+//! Invariants:
+//! - The agent decides nothing about a VM: `task` does. It carries out effects strictly in order, and journals where it is told to.
+//! - QEMU and tunnels outlive the agent: killing or upgrading it disturbs no guest and no migration.
+//! - Whoever speaks over a connection speaks only for the host or controller in its certificate.
+//! - Hand-overs that a restart left open are settled before new work is taken.
 
+mod config;
+mod console;
+mod facts;
+mod join;
+mod journal;
+mod peers;
+mod reports;
+mod runner;
+mod session;
+mod shared;
+mod template;
 pub mod tunnel;
+mod tunnels;
+
+use std::{collections::BTreeMap, io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
+
+use model::{Name, PoolId, host::Hypervisor};
+use network::BridgeSpec;
+use tokio::net::TcpListener;
+
+pub use config::{AgentConfig, Membership, StateError};
+pub use journal::JournalError;
+pub use join::{JoinError, join};
+
+use shared::{NamedPool, Parts, Shared};
+
+/// Why an agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Its state is missing or damaged.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Its journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A file or directory cannot be used.
+    #[error("cannot use {}", path.display())]
+    Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// This boot of the kernel is not known.
+    #[error("the kernel does not tell its boot id")]
+    Boot(#[source] io::Error),
+    /// No network access.
+    #[error("the network cannot be set up; the agent must run as root")]
+    Network(#[from] network::OpenError),
+    /// No bridge.
+    #[error("the bridge of VMs cannot be set up")]
+    Bridge(#[from] network::BridgeError),
+    /// A pool cannot be used.
+    #[error("pool {name} cannot be used")]
+    Pool {
+        /// Its name.
+        name: Name,
+        /// Why.
+        source: image::PoolError,
+    },
+    /// QEMU does not answer.
+    #[error("QEMU cannot be used; install qemu-system-x86 (7.2 or newer), or name it with --qemu")]
+    Qemu(#[from] qemu::DiscoverError),
+    /// QEMU runs no guest.
+    #[error("QEMU runs no guest on this host")]
+    Probe(#[from] qemu::ProbeError),
+    /// The port for other agents cannot be had.
+    #[error("cannot listen on {address} for other agents; give an address of this host with --address")]
+    Listen {
+        /// The address.
+        address: std::net::IpAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// An agent that runs.
+pub struct Agent {
+    shared: Arc<Shared>,
+    hypervisor: Hypervisor,
+    listener: TcpListener,
+}
+
+impl Agent {
+    /// Finds out what this host is, and takes up the VMs that run on it. The host must have joined a cell.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub async fn start(config: AgentConfig) -> Result<Self, StartError> {
+        let (membership, identity) = config.membership()?;
+        let boot = facts::boot_id().map_err(StartError::Boot)?;
+        let journal = journal::Journal::open(&config.journal_path(), boot)?;
+        make_run_dir(&config)?;
+        let network = network::Network::open()?;
+        network.ensure_bridge(&BridgeSpec {
+            name: config.bridge.clone(),
+            mtu: config.mtu,
+            uplink: config.uplink.clone(),
+            gateway: config.gateway,
+        })?;
+        let pools = open_pools(&config)?;
+        let program = qemu::Program::locate(Some(&config.qemu));
+        let capabilities = qemu::discover(&program).await?;
+        let verdict = qemu::probe(&program, &config.run_dir).await?;
+        tracing::info!(qemu = capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
+        let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
+        let address = config.address;
+        let listener = TcpListener::bind((address, 0)).await.map_err(|source| StartError::Listen { address, source })?;
+        let peer_port = listener.local_addr().map_err(|source| StartError::Listen { address, source })?.port();
+        let parts = Parts { config, membership, boot, peer_port, program, network, pools, identity, journal };
+        let shared = Shared::new(parts);
+        shared.take_up();
+        Ok(Self { shared, hypervisor, listener })
+    }
+
+    /// This host's id.
+    #[must_use]
+    pub fn host(&self) -> model::HostId {
+        self.shared.host()
+    }
+
+    /// Runs until it is dropped. VMs and migrations go on without it.
+    pub async fn run(self) {
+        tokio::join!(
+            session::keep(Arc::clone(&self.shared), self.hypervisor),
+            peers::listen(Arc::clone(&self.shared), self.listener),
+            join::keep_fresh(Arc::clone(&self.shared)),
+            Arc::clone(&self.shared).sync_journal(),
+        );
+    }
+}
+
+/// Each VM's directory in it is the VM's own; to reach it, its user must pass through this one.
+fn make_run_dir(config: &AgentConfig) -> Result<(), StartError> {
+    let fail = |source| StartError::Path { path: config.run_dir.clone(), source };
+    std::fs::create_dir_all(&config.run_dir).map_err(fail)?;
+    std::fs::set_permissions(&config.run_dir, std::fs::Permissions::from_mode(0o711)).map_err(fail)
+}
+
+fn open_pools(config: &AgentConfig) -> Result<BTreeMap<PoolId, Arc<NamedPool>>, StartError> {
+    let mut pools = BTreeMap::new();
+    for (name, root) in &config.pools {
+        let id = facts::pool_id(root).map_err(|source| StartError::Path { path: root.clone(), source })?;
+        let pool = image::Pool::open(root).map_err(|source| StartError::Pool { name: name.clone(), source })?;
+        pools.insert(id, Arc::new(NamedPool { name: name.clone(), pool }));
+    }
+    Ok(pools)
+}

@@ -12,7 +12,7 @@
 //! - At most [`CHANNELS_MAX`] connections of QEMU, kept in their order.
 //! - The process can be killed at any time: the kernel closes its sockets, and both QEMUs see the end of their stream.
 //!
-//! Blocking threads with poll, one for each connection: see the numbers in `relay`.
+//! Threads with poll, one for each connection: see the numbers in `relay`.
 
 mod link;
 mod process;
@@ -53,6 +53,8 @@ use status::StatusFile;
 pub const CHANNELS_MAX: u32 = 16;
 /// Connections that have not proved themselves; when there are more, the oldest is closed.
 const STRANGERS_MAX: usize = 64;
+/// Threads for connections at once; beyond it new ones wait in the kernel's (bounded) queue.
+const VISITS_MAX: usize = 2 * STRANGERS_MAX + CHANNELS_MAX as usize;
 /// Time for a connection to prove itself, and for QEMU to accept.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How often the byte counts are written.
@@ -180,6 +182,8 @@ struct Facts {
     channels_open: u32,
     channels_total: u32,
     failure: Option<TunnelError>,
+    /// Threads that serve connections now.
+    visits: usize,
     /// Connections that have not proved themselves, oldest first.
     strangers: VecDeque<(u64, TcpStream)>,
 }
@@ -393,7 +397,8 @@ impl Destination<'_> {
         let mut number = 0;
         loop {
             let watch = [PollFd::new(&self.listener, PollFlags::IN)];
-            match self.tunnel.turn(&watch, file, began)? {
+            let room = self.tunnel.facts().visits < VISITS_MAX;
+            match self.tunnel.turn(if room { &watch } else { &[] }, file, began)? {
                 Turn::Over => return Ok(()),
                 Turn::Ready(ready) if ready.first() == Some(&true) => {}
                 Turn::Ready(_) => continue,
@@ -422,6 +427,7 @@ impl Destination<'_> {
                 let _ = oldest.shutdown(Shutdown::Both);
             }
             facts.strangers.push_back((number, handle));
+            facts.visits += 1;
         }
         let visit = Visit {
             tunnel: self.tunnel.clone(),
@@ -429,7 +435,15 @@ impl Destination<'_> {
             incoming: self.incoming.to_owned(),
             number,
         };
-        start(move || visit.serve(net))
+        start(move || {
+            visit.serve(net);
+            visit.tunnel.change(|facts| facts.visits -= 1);
+        })
+        .inspect_err(|_| {
+            let mut facts = self.tunnel.facts();
+            facts.visits -= 1;
+            facts.strangers.retain(|(known, _)| *known != number);
+        })
     }
 }
 
@@ -442,7 +456,7 @@ struct Visit {
 }
 
 impl Visit {
-    fn serve(self, net: TcpStream) {
+    fn serve(&self, net: TcpStream) {
         let known = self.recognise(net);
         self.tunnel
             .facts()
@@ -462,9 +476,7 @@ impl Visit {
             Ok((link, local)) => self.tunnel.relay(link, local),
             Err(error) => self.tunnel.log(&format!("a channel did not begin: {}", chain(&error))),
         }
-        self.tunnel.change(|_| {
-            self.tunnel.slots.fetch_sub(1, Ordering::Relaxed);
-        });
+        self.tunnel.slots.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn recognise(&self, net: TcpStream) -> Result<Link, LinkError> {

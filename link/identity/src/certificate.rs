@@ -148,8 +148,8 @@ impl fmt::Debug for CaCertificate {
     }
 }
 
-/// One PEM block (RFC 7468).
-pub(crate) fn pem(label: &str, der: &[u8]) -> String {
+/// One PEM block (RFC 7468): `CERTIFICATE` and its DER form, for one.
+pub fn pem(label: &str, der: &[u8]) -> String {
     let body = STANDARD.encode(der);
     let lines: Vec<&str> = body
         .as_bytes()

@@ -37,7 +37,7 @@ mod verify;
 
 pub use api_token::{ApiToken, ApiTokenDigest, ApiTokenError};
 pub use authority::{AuthorityError, ClusterAuthority, IssueError, NODE_VALIDITY, RENEW_BEFORE};
-pub use certificate::{CaCertificate, CertificateError, Fingerprint};
+pub use certificate::{CaCertificate, CertificateError, Fingerprint, pem};
 pub use join::{
     Address, AddressError, JoinRecord, JoinTarget, JoinTargetError, JoinToken, JoinTokenError, RedeemError, Redeemed,
 };

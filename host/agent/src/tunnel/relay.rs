@@ -124,7 +124,7 @@ impl Relay<'_> {
                 }
                 Some(bytes) => {
                     // A short read means that the socket was emptied; asking again would only cost.
-                    self.ready.local_read = bytes == self.chunk.len() || bytes >= CHUNK_BYTES / 4;
+                    self.ready.local_read = bytes >= CHUNK_BYTES / 4;
                     self.tls
                         .writer()
                         .write_all(&self.chunk[..bytes])

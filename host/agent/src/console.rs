@@ -1,0 +1,210 @@
+//! Serial consoles: what a guest prints is kept, bounded, and shown to those who look; what they type goes to the guest.
+//!
+//! ```text
+//!   QEMU's serial socket ──▶ Serial ──▶ log file (two halves of 512 KiB)
+//!                             │  ▲
+//!                    everyone ▼  │ who looks          one HTTP/2 request and response each, to the controller
+//! ```
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use hyper::{Request, StatusCode};
+use model::{Code, Refusal, VmId};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    sync::{broadcast, mpsc},
+    task::JoinHandle,
+};
+use uuid::Uuid;
+use wire::{
+    Ticket,
+    session::{CONSOLE_PATH, TICKET_HEADER},
+};
+
+use crate::{session, shared::Shared};
+
+/// Each of the two halves of a log.
+const LOG_HALF_BYTES: u64 = 512 << 10;
+/// Pieces of output that somebody who looks may lag behind.
+const LAG_MAX: usize = 256;
+/// What somebody typed and the guest has not taken.
+const TYPED_WAITING_MAX: usize = 64;
+
+/// A guest's serial console.
+#[derive(Debug)]
+pub(crate) struct Serial {
+    output: broadcast::Sender<Bytes>,
+    input: mpsc::Sender<Bytes>,
+    pump: JoinHandle<()>,
+}
+
+impl Serial {
+    /// Begins to read the socket and to keep a log in `log_dir`.
+    pub(crate) fn open(socket: PathBuf, log_dir: PathBuf) -> Self {
+        let (output, _) = broadcast::channel(LAG_MAX);
+        let (input, typed) = mpsc::channel(TYPED_WAITING_MAX);
+        let everyone = output.clone();
+        let pump = tokio::spawn(async move {
+            if let Err(error) = pump(&socket, log_dir, everyone, typed).await {
+                tracing::debug!(socket = %socket.display(), %error, "the serial console ended");
+            }
+        });
+        Self { output, input, pump }
+    }
+
+    /// What the guest prints from now on, and where to type.
+    pub(crate) fn look(&self) -> (broadcast::Receiver<Bytes>, mpsc::Sender<Bytes>) {
+        (self.output.subscribe(), self.input.clone())
+    }
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        self.pump.abort();
+    }
+}
+
+async fn pump(
+    socket: &std::path::Path,
+    log_dir: PathBuf,
+    everyone: broadcast::Sender<Bytes>,
+    mut typed: mpsc::Receiver<Bytes>,
+) -> std::io::Result<()> {
+    let mut log = Log::open(log_dir)?;
+    let (mut from, mut to) = UnixStream::connect(socket).await?.into_split();
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        tokio::select! {
+            read = from.read(&mut buffer) => {
+                let n = read?;
+                if n == 0 {
+                    return Ok(());
+                }
+                log.write(&buffer[..n])?;
+                // Nobody looking is fine.
+                let _ = everyone.send(Bytes::copy_from_slice(&buffer[..n]));
+            }
+            Some(bytes) = typed.recv() => to.write_all(&bytes).await?,
+        }
+    }
+}
+
+/// A log in two files, of which the older is dropped when the newer is full.
+struct Log {
+    dir: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl Log {
+    fn open(dir: PathBuf) -> std::io::Result<Self> {
+        fs::create_dir_all(&dir)?;
+        let file = File::options().append(true).create(true).mode(0o600).open(dir.join("serial.log"))?;
+        let bytes = file.metadata()?.len();
+        Ok(Self { dir, file, bytes })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.bytes + bytes.len() as u64 > LOG_HALF_BYTES {
+            fs::rename(self.dir.join("serial.log"), self.dir.join("serial.log.1"))?;
+            *self = Self::open(self.dir.clone())?;
+        }
+        self.file.write_all(bytes)?;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Connects a VM's console to somebody who looks by way of the controller; returns when either ends.
+pub(crate) async fn serve(shared: &Arc<Shared>, console: Uuid, vm: VmId, ticket: &Ticket) -> Result<(), Refusal> {
+    let gone = |text: String| Refusal::new(Code::WrongState, text);
+    let (mut output, input) =
+        shared.look_at(vm).await.ok_or_else(|| gone(format!("VM {vm} has no console on this host: it is off or has moved")))?;
+    let mut link = shared.link().ok_or_else(|| gone("the controller is not connected".to_owned()))?;
+    let (show, shown) = mpsc::channel(LAG_MAX);
+    let forward = tokio::spawn(async move {
+        loop {
+            match output.recv().await {
+                Ok(bytes) => {
+                    if show.send(bytes).await.is_err() {
+                        return;
+                    }
+                }
+                // Who looks too slowly misses some; the guest is not held up.
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return,
+            }
+        }
+    });
+    let _stop = StopOnDrop(forward);
+    let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::HostFailed, format!("the console of VM {vm} broke: {error}"));
+    let request = Request::post(format!("{CONSOLE_PATH}/{console}"))
+        .header(TICKET_HEADER, ticket.expose())
+        .body(session::body_of(shown))
+        .map_err(|error| failed(&error))?;
+    let answer = link.send_request(request).await.map_err(|error| failed(&error))?;
+    if answer.status() != StatusCode::OK {
+        return Err(failed(&answer.status()));
+    }
+    let mut typed = answer.into_body();
+    while let Some(frame) = typed.frame().await {
+        let frame = frame.map_err(|error| failed(&error))?;
+        if let Ok(bytes) = frame.into_data()
+            && input.send(bytes).await.is_err()
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct StopOnDrop(JoinHandle<()>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_output_keeps_the_log_bounded_and_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = Log::open(dir.path().to_owned()).unwrap();
+        for n in 0..200_000 {
+            log.write(format!("line {n:>10}\n").as_bytes()).unwrap();
+        }
+        let total: u64 = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        assert!(total <= 2 * LOG_HALF_BYTES);
+        let text = fs::read_to_string(dir.path().join("serial.log")).unwrap();
+        assert!(text.ends_with("line     199999\n"));
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_prints_reaches_who_looks_and_what_they_type_reaches_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let serial = Serial::open(path, dir.path().join("log"));
+        let (mut output, input) = serial.look();
+        let (mut guest, _) = listener.accept().await.unwrap();
+        guest.write_all(b"login: ").await.unwrap();
+        assert_eq!(&output.recv().await.unwrap()[..], b"login: ");
+        input.send(Bytes::from_static(b"root\n")).await.unwrap();
+        let mut typed = [0; 5];
+        guest.read_exact(&mut typed).await.unwrap();
+        assert_eq!(&typed, b"root\n");
+    }
+}

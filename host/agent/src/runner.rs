@@ -1,0 +1,407 @@
+//! One VM's runner: feeds its task with what happens, and carries out what the task wants, strictly in order.
+//!
+//! ```text
+//!   orders, words ─┐                                   ┌─▶ journal, reports, words
+//!   hypervisor ────┼─▶ Fed ─▶ Task::step ─▶ effects ───┼─▶ hypervisor, tunnel, ports
+//!   timers, work ──┘                                   └─▶ work in the background, fed back when it is done
+//! ```
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::Duration,
+};
+
+use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
+use image::{Base, VolumeRequest};
+use model::{
+    Code, Definition, Message, Refusal, Report, VmId,
+    order::{Relay, VolumePlace},
+    template::Boot,
+};
+use network::Announcement;
+use task::{Effect, Input, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{
+    console::Serial,
+    shared::{Shared, Shown, lock},
+    template::{chain, fetch_blob},
+    tunnels::Tunnel,
+};
+
+/// Events of a hypervisor's process that wait to be taken.
+const EVENTS_MAX: usize = 1024;
+/// A word that was said this often without an answer is also said by way of the controller.
+const DIRECT_WORDS: u32 = 2;
+/// First of the user ids that VMs run as; each VM has its own, derived from its id.
+const UID_FIRST: u32 = 0x2000_0000;
+const UID_MASK: u32 = 0x0fff_ffff;
+
+/// What a runner is fed.
+pub(crate) enum Fed {
+    /// An input of its task.
+    Input(Input),
+    /// A preparation is done: with it come the taps.
+    Prepared(Result<(Box<Launch>, Vec<OwnedFd>), Refusal>),
+}
+
+/// The user id that a VM's process runs as.
+pub(crate) fn uid_of(vm: VmId) -> u32 {
+    let bytes = vm.0.as_bytes();
+    let tail = u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+    UID_FIRST + (tail & UID_MASK)
+}
+
+/// Starts a VM's runner.
+pub(crate) fn start(
+    shared: Arc<Shared>,
+    task: Task,
+    effects: Vec<Effect>,
+    queue: mpsc::Receiver<Fed>,
+    back: mpsc::Sender<Fed>,
+    shown: Arc<Shown>,
+) {
+    let (events, happened) = mpsc::channel(EVENTS_MAX);
+    let vm = task.saved().vm;
+    let runner = Runner {
+        shared,
+        vm,
+        task,
+        back,
+        shown,
+        events,
+        machine: None,
+        taps: vec![],
+        tunnel: None,
+        timers: BTreeMap::new(),
+        said: (None, 0),
+        gone: false,
+    };
+    tokio::spawn(runner.run(effects, queue, happened));
+}
+
+struct Runner {
+    shared: Arc<Shared>,
+    vm: VmId,
+    task: Task,
+    back: mpsc::Sender<Fed>,
+    shown: Arc<Shown>,
+    events: mpsc::Sender<Happened>,
+    machine: Option<qemu::Machine>,
+    taps: Vec<OwnedFd>,
+    tunnel: Option<Tunnel>,
+    timers: BTreeMap<Timer, Instant>,
+    /// The last word and how often it was said.
+    said: (Option<Message>, u32),
+    gone: bool,
+}
+
+impl Runner {
+    async fn run(mut self, effects: Vec<Effect>, mut queue: mpsc::Receiver<Fed>, mut happened: mpsc::Receiver<Happened>) {
+        self.carry_out(effects).await;
+        loop {
+            let next = self.timers.iter().min_by_key(|(_, at)| **at).map(|(timer, at)| (*timer, *at));
+            let input = tokio::select! {
+                biased;
+                Some(event) = happened.recv() => Fed::Input(Input::Driver(event)),
+                Some(fed) = queue.recv() => fed,
+                () = until(next.map(|(_, at)| at)) => match next {
+                    Some((timer, _)) => {
+                        self.timers.remove(&timer);
+                        Fed::Input(Input::Timer(timer))
+                    }
+                    None => continue,
+                },
+            };
+            self.take(input).await;
+            while self.gone {
+                // Under the same lock as feeding: nothing that comes now is lost.
+                match self.shared.forget(self.vm, &mut queue) {
+                    Some(fed) => {
+                        self.gone = false;
+                        self.take(fed).await;
+                        self.gone |= self.task.is_gone();
+                    }
+                    None => return,
+                }
+            }
+        }
+    }
+
+    async fn take(&mut self, fed: Fed) {
+        let input = match fed {
+            Fed::Input(input) => input,
+            Fed::Prepared(Ok((launch, taps))) => {
+                self.taps = taps;
+                Input::Prepared(Ok(launch))
+            }
+            Fed::Prepared(Err(reason)) => Input::Prepared(Err(reason)),
+        };
+        if matches!(input, Input::Driver(Happened::Died { .. } | Happened::NotUp { .. })) {
+            self.machine = None;
+            *lock(&self.shown.serial) = None;
+        }
+        tracing::debug!(vm = %self.vm, ?input, "input");
+        let effects = self.task.step(input);
+        self.carry_out(effects).await;
+    }
+
+    async fn carry_out(&mut self, effects: Vec<Effect>) {
+        let mut effects = VecDeque::from(effects);
+        while let Some(effect) = effects.pop_front() {
+            tracing::debug!(vm = %self.vm, ?effect, "effect");
+            // What cannot be journalled must not be done; what follows it was announced by it.
+            if let Err(reason) = self.effect(effect).await {
+                tracing::error!(vm = %self.vm, reason, "given up until the agent restarts");
+                break;
+            }
+        }
+        *lock(&self.shown.observed) = self.task.observed();
+    }
+
+    async fn effect(&mut self, effect: Effect) -> Result<(), String> {
+        match effect {
+            Effect::Save => self.shared.save(self.task.saved()).map_err(|error| chain(&error))?,
+            Effect::Prepare { definition, mode } => self.prepare(definition, mode),
+            Effect::Spawn(launch) => self.spawn(&launch),
+            Effect::Adopt => self.adopt(),
+            Effect::Act(action) => self.act(action).await,
+            Effect::OpenPorts => self.open_ports(),
+            Effect::Clear => self.clear(),
+            Effect::DeleteFiles(volumes) => self.delete_files(volumes),
+            Effect::Tunnel(wish) => self.tunnel(wish),
+            Effect::Say(word) => self.say(word),
+            Effect::Set(timer, after) => {
+                self.timers.insert(timer, Instant::now() + Duration::from(after));
+            }
+            Effect::Stop(timer) => {
+                self.timers.remove(&timer);
+            }
+            Effect::Report(report) => self.shared.reports.push(Report::Vm(report)),
+            Effect::Progress(operation, progress) => self.shared.progress(operation, progress),
+            Effect::Gone => self.gone = true,
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, definition: Box<Definition>, mode: Mode) {
+        let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
+        tokio::spawn(async move {
+            let prepared = prepare(&shared, definition, mode).await;
+            // The runner outlives its work.
+            let _ = back.send(Fed::Prepared(prepared)).await;
+        });
+    }
+
+    fn spawn(&mut self, launch: &Launch) {
+        let taps = std::mem::take(&mut self.taps);
+        match qemu::Machine::spawn(&self.shared.program, launch, taps, self.events.clone()) {
+            Ok(machine) => self.got(machine),
+            Err(error) => self.happened(Happened::NotUp { reason: chain(&error) }),
+        }
+    }
+
+    fn adopt(&mut self) {
+        let run_dir = self.shared.config.vm_run_dir(self.vm);
+        match qemu::Machine::adopt(&run_dir, self.events.clone()) {
+            Ok(machine) => self.got(machine),
+            Err(error) => self.happened(Happened::NotUp { reason: chain(&error) }),
+        }
+    }
+
+    fn got(&mut self, machine: qemu::Machine) {
+        self.machine = Some(machine);
+        let socket = self.shared.config.vm_run_dir(self.vm).join(driver::SERIAL_SOCKET);
+        *lock(&self.shown.serial) = Some(Serial::open(socket, self.shared.config.vm_log_dir(self.vm)));
+    }
+
+    async fn act(&mut self, action: Action) {
+        match &self.machine {
+            Some(machine) => machine.act(action).await,
+            None => self.happened(Happened::Died { detail: "there is no process".to_owned() }),
+        }
+    }
+
+    /// Something that the runner knows before the hypervisor could say it.
+    fn happened(&self, happened: Happened) {
+        if self.events.try_send(happened).is_err() {
+            tracing::error!(vm = %self.vm, "the VM's events are not taken");
+        }
+    }
+
+    fn open_ports(&self) {
+        let Some(definition) = &self.task.saved().definition else { return };
+        for port in &definition.ports {
+            let announcement = Announcement::new(port.mac.0.into(), &[port.ip.into()]);
+            let opened = match self.shared.network.find_port(port.port) {
+                Ok(Some(found)) => self.shared.network.open_port(&found.port, &announcement).map_err(|e| chain(&e)),
+                Ok(None) => Err("its tap is gone".to_owned()),
+                Err(error) => Err(chain(&error)),
+            };
+            if let Err(why) = opened {
+                tracing::error!(vm = %self.vm, port = %port.port, why, "the port was not opened");
+            }
+        }
+    }
+
+    /// Removes what is left of the VM here, but for its disks. The definition may be gone from the task by now, so taps vanish with
+    /// their process, and those of a VM that never had one here.
+    fn clear(&mut self) {
+        self.taps.clear();
+        self.tunnel = None;
+        *lock(&self.shown.serial) = None;
+        self.machine = None;
+        if let Some(definition) = &self.task.saved().definition {
+            for port in &definition.ports {
+                if let Err(error) = self.shared.network.remove(port.port) {
+                    tracing::warn!(vm = %self.vm, error = &error as &dyn std::error::Error, "a tap was not removed");
+                }
+            }
+        }
+        match std::fs::remove_dir_all(self.shared.config.vm_run_dir(self.vm)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(vm = %self.vm, %error, "the VM's run directory was not removed");
+            }
+            _ => {}
+        }
+    }
+
+    fn delete_files(&self, volumes: Vec<VolumePlace>) {
+        let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
+        let logs = self.shared.config.vm_log_dir(self.vm);
+        tokio::task::spawn_blocking(move || {
+            let result = delete_volumes(&shared, &volumes);
+            let _ = std::fs::remove_dir_all(logs);
+            let _ = back.blocking_send(Fed::Input(Input::FilesDeleted(result)));
+        });
+    }
+
+    fn tunnel(&mut self, wish: TunnelWish) {
+        let config = &self.shared.config;
+        let made = match wish {
+            TunnelWish::Listen(terms) => Tunnel::listen(config, &terms, self.back.clone()),
+            TunnelWish::Dial(terms, to) => {
+                let peer = SocketAddr::new(to.address, to.peer_port);
+                self.shared.peers.ensure(&self.shared, terms.destination, peer);
+                let tunnel = SocketAddr::new(to.address, to.tunnel_port);
+                Tunnel::dial(config, &terms, tunnel, uid_of(self.vm), self.back.clone())
+            }
+            TunnelWish::Adopt => match &self.task.saved().role {
+                Role::Source { terms, .. } | Role::Destination { terms, .. } => Tunnel::adopt(config, terms, self.back.clone()),
+                Role::None | Role::Holder => return,
+            },
+            TunnelWish::Close => {
+                if let Some(tunnel) = &self.tunnel {
+                    tunnel.close();
+                }
+                return;
+            }
+        };
+        match made {
+            Ok(tunnel) => self.tunnel = Some(tunnel),
+            Err(reason) => {
+                let failed = Fed::Input(Input::Tunnel(TunnelEvent::Failed { reason }));
+                if self.back.try_send(failed).is_err() {
+                    tracing::error!(vm = %self.vm, "the VM's inputs are not taken");
+                }
+            }
+        }
+    }
+
+    fn say(&mut self, word: Peer) {
+        match &mut self.said {
+            (Some(message), times) if *message == word.message => *times += 1,
+            said => *said = (Some(word.message), 1),
+        }
+        if let Role::Source { to, terms, .. } = &self.task.saved().role
+            && terms.destination == word.host
+        {
+            self.shared.peers.ensure(&self.shared, word.host, SocketAddr::new(to.address, to.peer_port));
+        }
+        let from = self.shared.host();
+        let relay = Relay { vm: self.vm, granted: word.granted, from, to: word.host, message: word.message };
+        self.shared.peers.say(&self.shared, relay, self.said.1 > DIRECT_WORDS);
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Fetches blobs that are missing, makes or finds volumes, makes the taps.
+async fn prepare(
+    shared: &Arc<Shared>,
+    definition: Box<Definition>,
+    mode: Mode,
+) -> Result<(Box<Launch>, Vec<OwnedFd>), Refusal> {
+    let home = shared.pool(definition.pool).ok_or_else(|| no_pool(definition.pool))?;
+    if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
+        fetch_blob(shared, &home, *kernel).await?;
+        fetch_blob(shared, &home, *initrd).await?;
+    }
+    let shared = Arc::clone(shared);
+    let vm = definition.vm;
+    tokio::task::spawn_blocking(move || build(&shared, definition, mode))
+        .await
+        .map_err(|_| Refusal::new(Code::HostFailed, format!("VM {vm}: preparing it broke off")))?
+}
+
+fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Box<Launch>, Vec<OwnedFd>), Refusal> {
+    let vm = definition.vm;
+    let uid = uid_of(vm);
+    let failed = |what: &str, why: String| Refusal::new(Code::HostFailed, format!("VM {vm}: {what}: {why}"));
+    let home = shared.pool(definition.pool).ok_or_else(|| no_pool(definition.pool))?;
+    let mut files = Files::default();
+    if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
+        files.kernel = Some(home.pool.blob_path(kernel.digest));
+        files.initrd = Some(home.pool.blob_path(initrd.digest));
+    }
+    for volume in &definition.volumes {
+        let place = volume.place;
+        let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
+        let base = volume.base.map(|base| Base { digest: base.digest, format: base.format });
+        if mode == Mode::Boot {
+            let request = VolumeRequest { id: place.volume, format: place.format, size_bytes: volume.size_bytes, base };
+            pool.pool.create_volume(&request).map_err(|error| failed("its disk was not made", chain(&error)))?;
+            let given = pool.pool.give_volume(place.volume, place.format, uid, uid);
+            given.map_err(|error| failed("its disk could not be given to it", chain(&error)))?;
+        } else {
+            let seen = pool.pool.volume_usage(place.volume, place.format);
+            seen.map_err(|error| failed("its disk is not reachable from here", chain(&error)))?;
+        }
+        files.volumes.push(VolumeFile {
+            path: pool.pool.volume_path(place.volume, place.format),
+            base: base.map(|base| pool.pool.blob_path(base.digest)),
+        });
+    }
+    let mut taps = vec![];
+    for port in &definition.ports {
+        let remove = shared.network.remove(port.port);
+        remove.map_err(|error| failed("a tap of old could not be removed", chain(&error)))?;
+        let tap = shared.network.create_tap(port.port, &shared.bridge);
+        taps.push(tap.map_err(|error| failed("its network port was not made", chain(&error)))?.fd);
+    }
+    let run_dir = shared.config.vm_run_dir(vm);
+    Ok((Box::new(Launch { definition: *definition, mode, files, run_dir, uid }), taps))
+}
+
+fn no_pool(pool: model::PoolId) -> Refusal {
+    Refusal::new(Code::HostFailed, format!("this host has no pool {pool}"))
+        .hint("start its agent with --pool NAME=DIRECTORY for that pool")
+}
+
+fn delete_volumes(shared: &Shared, volumes: &[VolumePlace]) -> Result<(), Refusal> {
+    for place in volumes {
+        let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
+        pool.pool
+            .delete_volume(place.volume, place.format)
+            .map_err(|error| Refusal::new(Code::HostFailed, format!("volume {} was not deleted: {}", place.volume, chain(&error))))?;
+    }
+    Ok(())
+}

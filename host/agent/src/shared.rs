@@ -1,0 +1,284 @@
+//! What all tasks of an agent share: configuration, identity, journal, connections, and the VMs' runners.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use identity::NodeIdentity;
+use model::{
+    BootId, Epoch, HostId, Name, Order, PoolId, VmId,
+    operation::Progress,
+    order::{Relay, VmObserved},
+};
+use network::{InterfaceName, Network};
+use task::{Input, Peer, Saved, Task};
+use tokio::sync::{Notify, broadcast, mpsc};
+use wire::{Up, session::FRAME_BYTES_MAX};
+
+use crate::{
+    AgentConfig, Membership,
+    console::Serial,
+    journal::{Journal, JournalError},
+    peers::Peers,
+    reports::Reports,
+    runner::{self, Fed},
+    session::Link,
+    template,
+};
+
+/// Inputs waiting for one VM. A VM that does not take them is stuck; orders and words come again.
+const INPUTS_MAX: usize = 256;
+
+/// A storage pool of this host.
+pub(crate) struct NamedPool {
+    /// As this host's configuration calls it.
+    pub(crate) name: Name,
+    pub(crate) pool: image::Pool,
+}
+
+/// What all tasks of an agent share.
+pub(crate) struct Shared {
+    pub(crate) config: AgentConfig,
+    pub(crate) membership: Membership,
+    pub(crate) boot: BootId,
+    pub(crate) peer_port: u16,
+    pub(crate) program: qemu::Program,
+    pub(crate) network: Network,
+    pub(crate) bridge: InterfaceName,
+    pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
+    pub(crate) reports: Reports,
+    pub(crate) peers: Arc<Peers>,
+    identity: Mutex<Arc<NodeIdentity>>,
+    journal: Mutex<Journal>,
+    unsynced: Notify,
+    vms: Mutex<BTreeMap<VmId, Vm>>,
+    link: Mutex<Option<Link>>,
+    progress: Mutex<Option<mpsc::Sender<Bytes>>>,
+    epoch: AtomicU64,
+}
+
+/// A VM's runner, as others see it.
+struct Vm {
+    inputs: mpsc::Sender<Fed>,
+    shown: Arc<Shown>,
+}
+
+/// What a runner shows to others.
+pub(crate) struct Shown {
+    pub(crate) observed: Mutex<VmObserved>,
+    pub(crate) serial: Mutex<Option<Serial>>,
+}
+
+/// The parts of [`Shared`] that starting an agent finds out.
+pub(crate) struct Parts {
+    pub(crate) config: AgentConfig,
+    pub(crate) membership: Membership,
+    pub(crate) boot: BootId,
+    pub(crate) peer_port: u16,
+    pub(crate) program: qemu::Program,
+    pub(crate) network: Network,
+    pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
+    pub(crate) identity: NodeIdentity,
+    pub(crate) journal: Journal,
+}
+
+/// A lock whose holder panicked still guards whole values: each is replaced in one step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn new(parts: Parts) -> Arc<Self> {
+        let epoch = parts.journal.saved().map(|saved| saved.epoch.0).max().unwrap_or(0);
+        Arc::new(Self {
+            bridge: parts.config.bridge.clone(),
+            config: parts.config,
+            membership: parts.membership,
+            boot: parts.boot,
+            peer_port: parts.peer_port,
+            program: parts.program,
+            network: parts.network,
+            pools: parts.pools,
+            reports: Reports::default(),
+            peers: Arc::default(),
+            identity: Mutex::new(Arc::new(parts.identity)),
+            journal: Mutex::new(parts.journal),
+            unsynced: Notify::new(),
+            vms: Mutex::default(),
+            link: Mutex::default(),
+            progress: Mutex::default(),
+            epoch: AtomicU64::new(epoch),
+        })
+    }
+
+    pub(crate) fn host(&self) -> HostId {
+        self.membership.host
+    }
+
+    pub(crate) fn identity(&self) -> Arc<NodeIdentity> {
+        Arc::clone(&lock(&self.identity))
+    }
+
+    pub(crate) fn set_identity(&self, identity: NodeIdentity) {
+        *lock(&self.identity) = Arc::new(identity);
+    }
+
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn link(&self) -> Option<Link> {
+        lock(&self.link).clone()
+    }
+
+    pub(crate) fn set_link(&self, link: Option<Link>) {
+        if link.is_none() {
+            self.set_progress(None);
+        }
+        *lock(&self.link) = link;
+    }
+
+    pub(crate) fn set_progress(&self, up: Option<mpsc::Sender<Bytes>>) {
+        *lock(&self.progress) = up;
+    }
+
+    /// Tells how far an operation is, if there is a session with room for it.
+    pub(crate) fn progress(&self, operation: model::OperationId, progress: Progress) {
+        if let Some(up) = lock(&self.progress).as_ref()
+            && let Ok(frame) = wire::encode(&Up::Progress { operation, progress }, FRAME_BYTES_MAX)
+        {
+            // Telemetry: a full channel drops it.
+            let _ = up.try_send(frame);
+        }
+    }
+
+    /// Writes a VM's state to the journal; it is in the kernel on return, and on the disk soon.
+    pub(crate) fn save(&self, saved: &Saved) -> Result<(), JournalError> {
+        lock(&self.journal).append(saved)?;
+        self.unsynced.notify_one();
+        Ok(())
+    }
+
+    /// Brings the journal to the disk whenever something was written.
+    pub(crate) async fn sync_journal(self: Arc<Self>) {
+        loop {
+            self.unsynced.notified().await;
+            let handle = lock(&self.journal).sync_handle();
+            let synced = tokio::task::spawn_blocking(move || match handle {
+                Ok(file) => file.sync_data(),
+                Err(error) => Err(std::io::Error::other(error)),
+            });
+            if let Ok(Err(error)) = synced.await {
+                tracing::error!(%error, "the journal is not on the disk; a loss of power now would make VMs unknown");
+            }
+        }
+    }
+
+    /// Carries out an order.
+    pub(crate) fn order(shared: &Arc<Self>, order: Order) {
+        match order {
+            Order::Vm(order) => {
+                shared.epoch.fetch_max(order.epoch.0, Ordering::Relaxed);
+                shared.feed(order.vm, Input::Order(order), true);
+            }
+            Order::Template(order) => {
+                let shared = Arc::clone(shared);
+                tokio::spawn(async move { template::carry_out(&shared, order).await });
+            }
+            Order::Relay(word) if word.to == shared.host() => shared.hear(word),
+            Order::Relay(_) => {}
+        }
+    }
+
+    /// Hears a word of another agent; the caller has checked who says it.
+    pub(crate) fn hear(self: &Arc<Self>, word: Relay) {
+        let peer = Peer { host: word.from, granted: word.granted, message: word.message };
+        let known = lock(&self.vms).contains_key(&word.vm) || lock(&self.journal).saved_of(word.vm).is_some();
+        // Of a VM of which nothing is known here nothing can be said.
+        if known {
+            self.feed(word.vm, Input::Peer(peer), false);
+        }
+    }
+
+    /// Gives a VM's runner something; begins the runner where there is none.
+    fn feed(self: &Arc<Self>, vm: VmId, input: Input, fresh: bool) {
+        let mut vms = lock(&self.vms);
+        let runner = match vms.entry(vm) {
+            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                let saved = lock(&self.journal).saved_of(vm).cloned();
+                let (task, effects) = match saved {
+                    Some(saved) => Task::recover(saved, self.host(), self.boot),
+                    None if fresh => (Task::new(vm, self.host(), self.boot), vec![]),
+                    None => return,
+                };
+                entry.insert(self.begin(task, effects))
+            }
+        };
+        if runner.inputs.try_send(Fed::Input(input)).is_err() {
+            tracing::warn!(%vm, "the VM takes no more inputs; this one will come again");
+        }
+    }
+
+    fn begin(self: &Arc<Self>, task: Task, effects: Vec<task::Effect>) -> Vm {
+        let (inputs, queue) = mpsc::channel(INPUTS_MAX);
+        let shown = Arc::new(Shown { observed: Mutex::new(task.observed()), serial: Mutex::new(None) });
+        runner::start(Arc::clone(self), task, effects, queue, inputs.clone(), Arc::clone(&shown));
+        Vm { inputs, shown }
+    }
+
+    /// Takes up all VMs of the journal, hand-overs first: they have waited for a decision.
+    pub(crate) fn take_up(self: &Arc<Self>) {
+        let mut saved: Vec<Saved> = lock(&self.journal).saved().cloned().collect();
+        saved.sort_by_key(|saved| matches!(saved.role, task::Role::Holder | task::Role::None));
+        for saved in saved {
+            if saved.role == task::Role::None && saved.pending.is_none() {
+                continue;
+            }
+            let vm = saved.vm;
+            let (task, effects) = Task::recover(saved, self.host(), self.boot);
+            let runner = self.begin(task, effects);
+            lock(&self.vms).insert(vm, runner);
+        }
+    }
+
+    /// Ends a runner whose VM is gone, unless something came for it meanwhile.
+    pub(crate) fn forget(&self, vm: VmId, queue: &mut mpsc::Receiver<Fed>) -> Option<Fed> {
+        let mut vms = lock(&self.vms);
+        match queue.try_recv() {
+            Ok(fed) => Some(fed),
+            Err(_) => {
+                vms.remove(&vm);
+                None
+            }
+        }
+    }
+
+    /// All VMs that are known here, as their last reports would tell.
+    pub(crate) fn inventory(&self) -> Vec<VmObserved> {
+        let mut all: BTreeMap<VmId, VmObserved> = lock(&self.journal)
+            .saved()
+            .map(|saved| (saved.vm, Task::recover(saved.clone(), self.host(), saved.boot).0.observed()))
+            .collect();
+        for (&vm, runner) in lock(&self.vms).iter() {
+            all.insert(vm, lock(&runner.shown.observed).clone());
+        }
+        all.into_values().collect()
+    }
+
+    /// A VM's console: what it prints from now on, and where to type.
+    pub(crate) async fn look_at(&self, vm: VmId) -> Option<(broadcast::Receiver<Bytes>, mpsc::Sender<Bytes>)> {
+        let shown = lock(&self.vms).get(&vm).map(|vm| Arc::clone(&vm.shown))?;
+        lock(&shown.serial).as_ref().map(Serial::look)
+    }
+
+    /// A pool of this host.
+    pub(crate) fn pool(&self, id: PoolId) -> Option<Arc<NamedPool>> {
+        self.pools.get(&id).cloned()
+    }
+}

@@ -1,0 +1,199 @@
+//! A migration's tunnel as the agent sees it: a process of its own, watched by its status file and its end.
+
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use driver::{INCOMING_SOCKET, OUTGOING_SOCKET};
+use model::Terms;
+use rustix::fs::inotify;
+use sha2::{Digest as _, Sha256};
+use task::{Input, TunnelEvent};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
+    task::JoinHandle,
+};
+
+use crate::{
+    config::AgentConfig,
+    runner::Fed,
+    template::chain,
+    tunnel::{self, Phase, Running, Side, Token, TunnelSpec, TunnelStatus, VERSION},
+};
+
+/// The first authenticated connection must be there within this.
+const CONNECT_MS_MAX: u64 = 30_000;
+/// From then, the migration must begin within this.
+const BEGIN_MS_MAX: u64 = 60_000;
+/// A peer whose kernel acknowledges nothing for this long is dead.
+const SILENCE_MS_MAX: u64 = 10_000;
+
+/// A tunnel that is watched.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    ended: JoinHandle<()>,
+    process: tunnel::Running,
+}
+
+/// Where a VM's tunnel keeps its files.
+fn directory(config: &AgentConfig, terms: &Terms) -> PathBuf {
+    config.vm_run_dir(terms.vm).join("tunnel")
+}
+
+/// What both sides know of a migration and nobody who is not one of its hosts may use: the peers' certificates say who they are, this
+/// says which of their migrations is meant.
+fn token(terms: &Terms) -> Token {
+    let mut hash = Sha256::new();
+    hash.update(b"godwit migration tunnel 1");
+    hash.update(terms.vm.0.as_bytes());
+    hash.update(terms.operation.0.as_bytes());
+    hash.update(terms.granted.0.to_le_bytes());
+    Token::new(hash.finalize().into())
+}
+
+fn spec(config: &AgentConfig, terms: &Terms, peer: uuid::Uuid, side: Side) -> TunnelSpec {
+    TunnelSpec {
+        version: VERSION,
+        directory: directory(config, terms),
+        identity: config.identity_path(),
+        peer,
+        token: token(terms),
+        side,
+        connect_ms_max: CONNECT_MS_MAX,
+        begin_ms_max: BEGIN_MS_MAX,
+        silence_ms_max: SILENCE_MS_MAX,
+    }
+}
+
+impl Tunnel {
+    /// Destination: starts a tunnel that listens for the source.
+    pub(crate) fn listen(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        let incoming = config.vm_run_dir(terms.vm).join(INCOMING_SOCKET);
+        let side = Side::Destination { listen: SocketAddr::new(config.address, 0), incoming };
+        Self::start(config, &spec(config, terms, terms.source.0, side), fed)
+    }
+
+    /// Source: starts a tunnel that connects to the destination's.
+    pub(crate) fn dial(
+        config: &AgentConfig,
+        terms: &Terms,
+        peer_address: SocketAddr,
+        uid: u32,
+        fed: mpsc::Sender<Fed>,
+    ) -> Result<Self, String> {
+        let listen = config.vm_run_dir(terms.vm).join(OUTGOING_SOCKET);
+        let side = Side::Source { listen, owner: Some(uid), peer_address };
+        Self::start(config, &spec(config, terms, terms.destination.0, side), fed)
+    }
+
+    fn start(config: &AgentConfig, spec: &TunnelSpec, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        let process = tunnel::spawn(spec, &config.exe).map_err(|error| chain(&error))?;
+        let record = format!("{} {}", process.pid, process.start_time);
+        std::fs::write(spec.directory.join("process"), record).map_err(|error| error.to_string())?;
+        Self::watch(spec.directory.clone(), process, fed)
+    }
+
+    /// Finds a tunnel again after the agent was restarted.
+    pub(crate) fn adopt(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        let directory = directory(config, terms);
+        let record = std::fs::read_to_string(directory.join("process")).map_err(|error| error.to_string())?;
+        let numbers = record.split_once(' ').and_then(|(pid, start)| Some((pid.parse().ok()?, start.parse().ok()?)));
+        let (pid, start) = numbers.ok_or("its record is damaged")?;
+        let process = tunnel::adopt(pid, start).map_err(|error| chain(&error))?;
+        Self::watch(directory, process, fed)
+    }
+
+    fn watch(directory: PathBuf, process: Running, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        let pidfd = process.as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+        let changes = changes_of(&directory).map_err(|error| error.to_string())?;
+        let ended = tokio::spawn(async move { follow(&directory, pidfd, changes, fed).await });
+        Ok(Self { ended, process })
+    }
+
+    /// Ends it, at once; whoever watches still hears how it stood.
+    pub(crate) fn close(&self) {
+        if let Err(error) = self.process.kill() {
+            tracing::warn!(error = &error as &dyn std::error::Error, "a tunnel was not ended");
+        }
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.ended.abort();
+    }
+}
+
+fn changes_of(directory: &Path) -> std::io::Result<AsyncFd<OwnedFd>> {
+    let changes = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&changes, directory, inotify::WatchFlags::MOVED_TO)?;
+    AsyncFd::with_interest(changes, Interest::READABLE)
+}
+
+/// Tells each new phase once, until the process ends.
+async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, fed: mpsc::Sender<Fed>) {
+    let Ok(end) = AsyncFd::with_interest(pidfd, Interest::READABLE) else { return };
+    let mut told: Option<Phase> = None;
+    loop {
+        let ended = tokio::select! {
+            biased;
+            _ = end.readable() => true,
+            ready = drained(&changes), if told.is_some() => { if ready.is_err() { return } false }
+            // The first look comes after the watch was set, so that no change is missed.
+            () = std::future::ready(()), if told.is_none() => {
+                told = Some(Phase::Listening);
+                false
+            }
+        };
+        let status = TunnelStatus::read(&directory.join("status.json")).ok();
+        if let Some(status) = &status
+            && let Some(event) = event_of(status, told)
+        {
+            told = Some(status.phase);
+            if fed.send(Fed::Input(Input::Tunnel(event))).await.is_err() {
+                return;
+            }
+        }
+        if ended {
+            reap(end.get_ref().as_fd());
+            let _ = fed.send(Fed::Input(Input::Tunnel(last_event(status.as_ref())))).await;
+            return;
+        }
+    }
+}
+
+async fn drained(changes: &AsyncFd<OwnedFd>) -> std::io::Result<()> {
+    let mut ready = changes.readable().await?;
+    let mut buffer = [0; 4096];
+    while let Ok(1..) = rustix::io::read(changes.get_ref(), &mut buffer) {}
+    ready.clear_ready();
+    Ok(())
+}
+
+fn event_of(status: &TunnelStatus, told: Option<Phase>) -> Option<TunnelEvent> {
+    match (status.phase, status.port) {
+        (Phase::Listening, Some(port)) => Some(TunnelEvent::Listening { port }),
+        (Phase::Connected, _) if told != Some(Phase::Connected) => Some(TunnelEvent::Connected),
+        // The end of the process tells the rest.
+        _ => None,
+    }
+}
+
+fn last_event(status: Option<&TunnelStatus>) -> TunnelEvent {
+    match status {
+        Some(status) if status.phase != Phase::Failed && status.channels_total > 0 => {
+            TunnelEvent::Closed { wire_bytes: status.sent_bytes + status.received_bytes }
+        }
+        Some(TunnelStatus { error: Some(why), .. }) => TunnelEvent::Failed { reason: why.clone() },
+        _ => TunnelEvent::Failed { reason: "it ended before the migration began".to_owned() },
+    }
+}
+
+/// A child of ours would stay a zombie; that of an earlier agent is not ours to wait for.
+fn reap(pidfd: BorrowedFd<'_>) {
+    let options = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOHANG;
+    let _ = rustix::process::waitid(rustix::process::WaitId::PidFd(pidfd), options);
+}
