@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Port of the API on the lab's first address.
@@ -25,8 +26,7 @@ pub struct Cluster {
     qemu: Option<PathBuf>,
     controller: Option<Proc>,
     agents: Vec<Option<Proc>>,
-    /// Last, so that processes outlive nothing they need: Drop goes in order.
-    lab: Lab,
+    lab: Arc<Lab>,
 }
 
 impl Cluster {
@@ -35,9 +35,7 @@ impl Cluster {
     /// # Errors
     /// As [`Lab::new`]'s, and when there is no such binary.
     pub fn new(godwit: &Path, hosts: u8, qemu: Option<&Path>) -> Result<Cluster> {
-        let godwit = godwit
-            .canonicalize()
-            .with_context(|| format!("no godwit at {} (build it: cargo build --release)", godwit.display()))?;
+        let godwit = found(godwit)?;
         let programs = vec![("godwit".to_owned(), godwit.clone())];
         let lab = Lab::new(&LabConfig {
             hosts,
@@ -45,9 +43,18 @@ impl Cluster {
             programs,
             private: Vec::new(),
         })?;
-        let agents = (0..hosts).map(|_| None).collect();
+        Cluster::over(Arc::new(lab), &godwit, qemu)
+    }
+
+    /// In a lab that is there already and shows its hosts `godwit` among its
+    /// programs; nothing is started yet.
+    ///
+    /// # Errors
+    /// When there is no such binary.
+    pub fn over(lab: Arc<Lab>, godwit: &Path, qemu: Option<&Path>) -> Result<Cluster> {
+        let agents = lab.hosts().iter().map(|_| None).collect();
         Ok(Cluster {
-            godwit,
+            godwit: found(godwit)?,
             qemu: qemu.map(Path::to_owned),
             controller: None,
             agents,
@@ -276,6 +283,12 @@ impl Cluster {
             }
         }
     }
+}
+
+fn found(godwit: &Path) -> Result<PathBuf> {
+    godwit
+        .canonicalize()
+        .with_context(|| format!("no godwit at {} (build it: cargo build --release)", godwit.display()))
 }
 
 /// A VM as `vm show -o json` tells.

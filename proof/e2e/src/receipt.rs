@@ -138,7 +138,10 @@ pub fn migrate(
 }
 
 /// The receipt in an operation as `vm migrate --wait -o json` prints it.
-fn reported(operation: &Value) -> Result<Value> {
+///
+/// # Errors
+/// When there is none.
+pub fn reported(operation: &Value) -> Result<Value> {
     let places = [&operation["receipt"], &operation["kind"]["receipt"]];
     let found = places.into_iter().find(|receipt| receipt.is_object());
     found

@@ -1,11 +1,13 @@
 //! The arms: each a frozen way to move the same guest from one host to another.
 
+mod godwit;
 mod libvirt;
 mod qemu;
 mod qemu_default;
 mod qemu_tuned;
 mod qemu_tuned_tls;
 
+pub use godwit::Godwit;
 pub use libvirt::{Libvirt, PRIVATE as LIBVIRT_PRIVATE};
 pub use qemu_default::QemuDefault;
 pub use qemu_tuned::QemuTuned;

@@ -6,9 +6,11 @@ use bench::guest::Guest;
 use bench::measure;
 use bench::report::{self, Case, Machine};
 use clap::Parser;
+use e2e::cluster::Cluster;
 use e2e::lab::{Lab, LabConfig, ending};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Live migration by Godwit and by its peers, in turn, on the same guest.
 #[derive(Debug, Parser)]
@@ -25,6 +27,9 @@ struct Args {
     /// Write the result here.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// The godwit to measure; without it the one beside this program, if there is one.
+    #[arg(long)]
+    godwit: Option<PathBuf>,
     /// Install libvirt by apt first when it is missing.
     #[arg(long)]
     install: bool,
@@ -52,18 +57,20 @@ fn run(args: &Args) -> Result<()> {
     if args.install && !arms::Libvirt::is_installed() {
         install_libvirt()?;
     }
-    let mut arms = chosen(&args.arms)?;
     let private = if arms::Libvirt::is_installed() {
         arms::LIBVIRT_PRIVATE.iter().map(PathBuf::from).collect()
     } else {
         Vec::new()
     };
-    let lab = Lab::new(&LabConfig {
+    let godwit = godwit(args)?;
+    let programs = godwit.iter().map(|path| ("godwit".to_owned(), path.clone())).collect();
+    let lab = Arc::new(Lab::new(&LabConfig {
         hosts: 4,
         id: None,
-        programs: Vec::new(),
+        programs,
         private,
-    })?;
+    })?);
+    let mut arms = chosen(args, &lab, godwit.as_deref())?;
     let guest = Guest::build(&lab, &args.qemu)?;
     let bench = Bench {
         lab: &lab,
@@ -107,27 +114,52 @@ fn measured(arms: &mut [Box<dyn Arm>], bench: &Bench<'_>, rounds: u32) -> Result
     Ok(case)
 }
 
+/// The binary under test: as given, or beside this program; none there leaves the arm out.
+fn godwit(args: &Args) -> Result<Option<PathBuf>> {
+    if let Some(path) = &args.godwit {
+        let found = path
+            .canonicalize()
+            .with_context(|| format!("no godwit at {}", path.display()))?;
+        return Ok(Some(found));
+    }
+    let beside = std::env::current_exe()
+        .context("cannot find this program")?
+        .with_file_name("godwit");
+    if !beside.exists() {
+        eprintln!(
+            "arm godwit is left out: no {} (build it, or --godwit PATH)",
+            beside.display()
+        );
+        return Ok(None);
+    }
+    Ok(Some(beside))
+}
+
 /// All arms that can run here, or those asked for.
-fn chosen(names: &[String]) -> Result<Vec<Box<dyn Arm>>> {
+fn chosen(args: &Args, lab: &Arc<Lab>, godwit: Option<&Path>) -> Result<Vec<Box<dyn Arm>>> {
     let mut all: Vec<Box<dyn Arm>> = Vec::new();
+    if let Some(godwit) = godwit {
+        all.push(Box::new(arms::Godwit::new(Cluster::over(
+            lab.clone(),
+            godwit,
+            Some(&args.qemu),
+        )?)));
+    }
+    all.push(Box::new(arms::QemuTuned::default()));
+    all.push(Box::new(arms::QemuTunedTls::default()));
+    all.push(Box::new(arms::QemuTunedTls::two_channels()));
+    all.push(Box::new(arms::QemuDefault::default()));
     if arms::Libvirt::is_installed() {
         all.push(Box::new(arms::Libvirt::default()));
         all.push(Box::new(arms::Libvirt::tuned()));
     } else {
         eprintln!("arms libvirt and libvirt-tuned are left out: libvirt is not installed (--install gets it)");
     }
-    let bare: Vec<Box<dyn Arm>> = vec![
-        Box::new(arms::QemuTuned::default()),
-        Box::new(arms::QemuTunedTls::default()),
-        Box::new(arms::QemuTunedTls::two_channels()),
-        Box::new(arms::QemuDefault::default()),
-    ];
-    all.splice(0..0, bare);
     let known: Vec<_> = all.iter().map(|arm| arm.name()).collect();
-    if let Some(unknown) = names.iter().find(|name| !known.contains(&name.as_str())) {
+    if let Some(unknown) = args.arms.iter().find(|name| !known.contains(&name.as_str())) {
         bail!("no arm is called `{unknown}`; there are: {}", known.join(", "));
     }
-    all.retain(|arm| names.is_empty() || names.iter().any(|name| name == arm.name()));
+    all.retain(|arm| args.arms.is_empty() || args.arms.iter().any(|name| name == arm.name()));
     Ok(all)
 }
 
