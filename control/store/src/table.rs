@@ -1,0 +1,461 @@
+//! Where each kind of row lives: its table, its key, the columns that state promises, and the statements made of them.
+
+use std::sync::LazyLock;
+
+use model::{
+    Change, Key, Notice, Operation, Order, Row,
+    change::{Answer, OutboxRow},
+    order::Subject,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::schema::BODY_VERSION;
+
+/// A value of a column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Value {
+    Text(String),
+    Number(i64),
+    Null,
+}
+
+/// A kind of row. In this order rows are loaded, so that what is referred to comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Table {
+    Project,
+    Host,
+    Pool,
+    Network,
+    Subnet,
+    Template,
+    Vm,
+    Volume,
+    Port,
+    Operation,
+    JoinToken,
+    ApiToken,
+    Outbox,
+    Answer,
+    Notice,
+}
+
+struct Definition {
+    name: &'static str,
+    key: &'static [&'static str],
+    columns: &'static [&'static str],
+    /// Under which condition a row that is there may be replaced.
+    replace: Replace,
+}
+
+enum Replace {
+    Always,
+    /// Compare and set: what was promised may not be taken back, whatever the writer believes.
+    When(&'static str),
+    Never,
+}
+
+/// A row as it is written: key and columns in the order of its table's definition, then its body.
+pub(crate) struct Record {
+    pub(crate) table: Table,
+    pub(crate) values: Vec<Value>,
+}
+
+/// Why a row has no stored form.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// A number is beyond 2^63.
+    #[error("a number is too large to be stored")]
+    Number,
+    /// The row has no JSON form.
+    #[error("the row has no JSON form")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Table {
+    pub(crate) const ALL: [Self; 15] = [
+        Self::Project,
+        Self::Host,
+        Self::Pool,
+        Self::Network,
+        Self::Subnet,
+        Self::Template,
+        Self::Vm,
+        Self::Volume,
+        Self::Port,
+        Self::Operation,
+        Self::JoinToken,
+        Self::ApiToken,
+        Self::Outbox,
+        Self::Answer,
+        Self::Notice,
+    ];
+
+    const fn definition(self) -> Definition {
+        use Replace::{Always, Never, When};
+        let id: &[&str] = &["id"];
+        let (name, key, columns, replace): (_, _, &[&str], _) = match self {
+            Self::Project => ("project", id, &["name"], Always),
+            Self::Host => ("host", id, &["name"], Always),
+            Self::Pool => ("pool", id, &["name"], Always),
+            Self::Network => ("network", id, &["project_id", "name"], Always),
+            Self::Subnet => ("subnet", id, &["network_id"], Always),
+            Self::Template => ("template", id, &["project_id", "name"], Always),
+            Self::Vm => (
+                "vm",
+                id,
+                &[
+                    "project_id",
+                    "name",
+                    "host_id",
+                    "state",
+                    "generation",
+                    "highest",
+                    "revision",
+                    "ordered",
+                ],
+                When(
+                    "excluded.project_id = vm.project_id AND excluded.highest >= vm.highest \
+                     AND excluded.revision >= vm.revision AND excluded.ordered >= vm.ordered",
+                ),
+            ),
+            Self::Volume => (
+                "volume",
+                id,
+                &["project_id", "pool_id", "owner_id", "generation"],
+                Always,
+            ),
+            Self::Port => (
+                "port",
+                id,
+                &[
+                    "project_id",
+                    "network_id",
+                    "subnet_id",
+                    "vm_id",
+                    "bound_host_id",
+                    "generation",
+                    "mac",
+                    "ip",
+                ],
+                Always,
+            ),
+            // What is over stays as it ended: no crash and no stale writer undoes it.
+            Self::Operation => (
+                "operation",
+                id,
+                &["project_id", "target_id", "state"],
+                When("operation.state = 'running' OR operation.state = excluded.state"),
+            ),
+            Self::JoinToken => ("join_token", id, &["expires_at"], Always),
+            Self::ApiToken => ("api_token", id, &["hash"], Always),
+            Self::Outbox => (
+                "outbox",
+                &["host_id", "subject"],
+                &["revision"],
+                When("excluded.revision >= outbox.revision"),
+            ),
+            Self::Answer => (
+                "answer",
+                &["project_id", "request_key"],
+                &["body_hash", "operation_id", "answered_at"],
+                When("excluded.body_hash = answer.body_hash AND excluded.operation_id = answer.operation_id"),
+            ),
+            Self::Notice => ("notice", &["sequence"], &["project_id"], Never),
+        };
+        Definition {
+            name,
+            key,
+            columns,
+            replace,
+        }
+    }
+
+    pub(crate) const fn name(self) -> &'static str {
+        self.definition().name
+    }
+
+    /// Inserts or replaces one row; changes no row when it may not be replaced.
+    pub(crate) fn upsert(self) -> &'static str {
+        static SQL: LazyLock<Vec<String>> = LazyLock::new(|| Table::ALL.map(upsert_sql).to_vec());
+        &SQL[self as usize]
+    }
+
+    /// Deletes one row by its key.
+    pub(crate) fn delete(self) -> &'static str {
+        static SQL: LazyLock<Vec<String>> = LazyLock::new(|| Table::ALL.map(delete_sql).to_vec());
+        &SQL[self as usize]
+    }
+
+    /// Reads the rows that belong to the loaded world; `None` for those that do not.
+    pub(crate) const fn load(self) -> Option<&'static str> {
+        match self {
+            Self::Project => Some("SELECT body_version, body FROM project ORDER BY id"),
+            Self::Host => Some("SELECT body_version, body FROM host ORDER BY id"),
+            Self::Pool => Some("SELECT body_version, body FROM pool ORDER BY id"),
+            Self::Network => Some("SELECT body_version, body FROM network ORDER BY id"),
+            Self::Subnet => Some("SELECT body_version, body FROM subnet ORDER BY id"),
+            Self::Template => Some("SELECT body_version, body FROM template ORDER BY id"),
+            Self::Vm => Some("SELECT body_version, body FROM vm ORDER BY id"),
+            Self::Volume => Some("SELECT body_version, body FROM volume ORDER BY id"),
+            Self::Port => Some("SELECT body_version, body FROM port ORDER BY id"),
+            Self::Operation => Some("SELECT body_version, body FROM operation WHERE state = 'running' ORDER BY id"),
+            Self::JoinToken => Some("SELECT body_version, body FROM join_token ORDER BY id"),
+            Self::ApiToken => Some("SELECT body_version, body FROM api_token ORDER BY id"),
+            Self::Outbox => Some("SELECT body_version, body FROM outbox ORDER BY host_id, subject"),
+            Self::Answer | Self::Notice => None,
+        }
+    }
+
+    /// Reads a body back.
+    pub(crate) fn decode(self, body: &str) -> Result<Row, serde_json::Error> {
+        fn read<T: DeserializeOwned>(body: &str) -> Result<T, serde_json::Error> {
+            serde_json::from_str(body)
+        }
+        Ok(match self {
+            Self::Project => Row::Project(read(body)?),
+            Self::Host => Row::Host(read(body)?),
+            Self::Pool => Row::Pool(read(body)?),
+            Self::Network => Row::Network(read(body)?),
+            Self::Subnet => Row::Subnet(read(body)?),
+            Self::Template => Row::Template(read(body)?),
+            Self::Vm => Row::Vm(read(body)?),
+            Self::Volume => Row::Volume(read(body)?),
+            Self::Port => Row::Port(read(body)?),
+            Self::Operation => Row::Operation(read(body)?),
+            Self::JoinToken => Row::JoinToken(read(body)?),
+            Self::ApiToken => Row::ApiToken(read(body)?),
+            Self::Outbox => Row::Outbox(read(body)?),
+            Self::Answer => Row::Answer(read(body)?),
+            Self::Notice => Row::Notice(read(body)?),
+        })
+    }
+}
+
+fn upsert_sql(table: Table) -> String {
+    let Definition {
+        name,
+        key,
+        columns,
+        replace,
+    } = table.definition();
+    let mut all = key.to_vec();
+    all.extend(columns);
+    all.extend(["body_version", "body"]);
+    let places: Vec<String> = (1..=all.len()).map(|place| format!("${place}")).collect();
+    let insert = format!("INSERT INTO {name} ({}) VALUES ({})", all.join(", "), places.join(", "));
+    let set: Vec<String> = all[key.len()..]
+        .iter()
+        .map(|column| format!("{column} = excluded.{column}"))
+        .collect();
+    let conflict = format!("ON CONFLICT ({}) DO", key.join(", "));
+    match replace {
+        Replace::Always => format!("{insert} {conflict} UPDATE SET {}", set.join(", ")),
+        Replace::When(condition) => format!("{insert} {conflict} UPDATE SET {} WHERE {condition}", set.join(", ")),
+        Replace::Never => format!("{insert} {conflict} NOTHING"),
+    }
+}
+
+fn delete_sql(table: Table) -> String {
+    let Definition { name, key, .. } = table.definition();
+    let conditions: Vec<String> = key
+        .iter()
+        .zip(1..)
+        .map(|(column, place)| format!("{column} = ${place}"))
+        .collect();
+    format!("DELETE FROM {name} WHERE {}", conditions.join(" AND "))
+}
+
+/// A change's key: its table and the values of its key columns.
+pub(crate) fn key_of(change: &Change) -> Result<(Table, Vec<Value>), EncodeError> {
+    match change {
+        Change::Put(row) => key_values(&row.key()),
+        Change::Delete(key) => key_values(key),
+    }
+}
+
+fn key_values(key: &Key) -> Result<(Table, Vec<Value>), EncodeError> {
+    Ok(match key {
+        Key::Project(id) => (Table::Project, vec![text(id)]),
+        Key::Host(id) => (Table::Host, vec![text(id)]),
+        Key::Pool(id) => (Table::Pool, vec![text(id)]),
+        Key::Network(id) => (Table::Network, vec![text(id)]),
+        Key::Subnet(id) => (Table::Subnet, vec![text(id)]),
+        Key::Template(id) => (Table::Template, vec![text(id)]),
+        Key::Vm(id) => (Table::Vm, vec![text(id)]),
+        Key::Volume(id) => (Table::Volume, vec![text(id)]),
+        Key::Port(id) => (Table::Port, vec![text(id)]),
+        Key::Operation(id) => (Table::Operation, vec![text(id)]),
+        Key::JoinToken(id) => (Table::JoinToken, vec![text(id)]),
+        Key::ApiToken(id) => (Table::ApiToken, vec![text(id)]),
+        Key::Outbox(host, subject) => (Table::Outbox, vec![text(host), subject_text(*subject)]),
+        Key::Answer(project, key) => (Table::Answer, vec![text(project), text(key)]),
+        Key::Notice(sequence) => (Table::Notice, vec![number(sequence.0)?]),
+    })
+}
+
+/// The stored form of a row.
+pub(crate) fn record(row: &Row) -> Result<Record, EncodeError> {
+    let (table, mut values) = key_values(&row.key())?;
+    let body = columns(row, &mut values)?;
+    values.push(Value::Number(BODY_VERSION));
+    values.push(Value::Text(body));
+    Ok(Record { table, values })
+}
+
+/// Pushes the columns after the key and returns the body.
+fn columns(row: &Row, to: &mut Vec<Value>) -> Result<String, EncodeError> {
+    match row {
+        Row::Project(row) => {
+            to.push(text(row.name.as_str()));
+            json(row)
+        }
+        Row::Host(row) => {
+            to.push(text(row.name.as_str()));
+            json(row)
+        }
+        Row::Pool(row) => {
+            to.push(text(row.name.as_str()));
+            json(row)
+        }
+        Row::Network(row) => {
+            to.extend([text(row.project), text(row.name.as_str())]);
+            json(row)
+        }
+        Row::Subnet(row) => {
+            to.push(text(row.network));
+            json(row)
+        }
+        Row::Template(row) => {
+            to.extend([text(row.project), text(row.name.as_str())]);
+            json(row)
+        }
+        Row::Vm(row) => vm_columns(row, to),
+        Row::Volume(row) => {
+            to.extend([
+                text(row.project),
+                text(row.pool),
+                maybe(row.owner),
+                number(row.generation.0)?,
+            ]);
+            json(row)
+        }
+        Row::Port(row) => port_columns(row, to),
+        Row::Operation(row) => {
+            to.extend([text(row.project), text(row.target.id), text(row.state.name())]);
+            json::<Operation>(row)
+        }
+        Row::JoinToken(row) => {
+            to.push(Value::Number(row.expires_at.0));
+            json(row)
+        }
+        Row::ApiToken(row) => {
+            to.push(hex(&row.hash.0));
+            json(row)
+        }
+        Row::Outbox(row) => {
+            to.push(number(outbox_revision(&row.order))?);
+            json::<OutboxRow>(row)
+        }
+        Row::Answer(row) => {
+            to.extend([hex(&row.body_hash), text(row.operation), Value::Number(row.at.0)]);
+            json::<Answer>(row)
+        }
+        Row::Notice(row) => {
+            to.push(maybe(row.project));
+            json::<Notice>(row)
+        }
+    }
+}
+
+fn vm_columns(row: &model::Vm, to: &mut Vec<Value>) -> Result<String, EncodeError> {
+    // The word that the interface uses for the state.
+    let state = serde_json::to_value(row.status.state)?;
+    to.extend([
+        text(row.project),
+        text(row.name.as_str()),
+        maybe(row.status.host),
+        text(state.as_str().unwrap_or_default()),
+        number(row.status.generation.0)?,
+        number(row.status.highest.0)?,
+        number(row.revision.0)?,
+        number(row.status.ordered.0)?,
+    ]);
+    json(row)
+}
+
+fn port_columns(row: &model::Port, to: &mut Vec<Value>) -> Result<String, EncodeError> {
+    to.extend([
+        text(row.project),
+        text(row.network),
+        text(row.subnet),
+        maybe(row.vm),
+        maybe(row.bound),
+        number(row.generation.0)?,
+        text(row.mac),
+        text(row.ip),
+    ]);
+    json(row)
+}
+
+/// Orders that are not numbered replace each other freely.
+fn outbox_revision(order: &Order) -> u64 {
+    match order {
+        Order::Vm(order) => order.revision.0,
+        Order::Template(_) | Order::Relay(_) => 0,
+    }
+}
+
+fn subject_text(subject: Subject) -> Value {
+    Value::Text(match subject {
+        Subject::Vm(id) => format!("vm/{id}"),
+        Subject::Template(id) => format!("template/{id}"),
+    })
+}
+
+fn json<T: Serialize>(row: &T) -> Result<String, EncodeError> {
+    Ok(serde_json::to_string(row)?)
+}
+
+fn text(value: impl ToString) -> Value {
+    Value::Text(value.to_string())
+}
+
+fn maybe(value: Option<impl ToString>) -> Value {
+    value.map_or(Value::Null, text)
+}
+
+fn number(value: u64) -> Result<Value, EncodeError> {
+    i64::try_from(value).map(Value::Number).map_err(|_| EncodeError::Number)
+}
+
+fn hex(bytes: &[u8; 32]) -> Value {
+    text(model::Digest(*bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_numbered_in_their_own_order() {
+        for (at, table) in Table::ALL.into_iter().enumerate() {
+            assert_eq!(table as usize, at);
+        }
+    }
+
+    #[test]
+    fn statements_use_only_what_postgresql_understands_too() {
+        assert_eq!(
+            Table::Notice.upsert(),
+            "INSERT INTO notice (sequence, project_id, body_version, body) VALUES ($1, $2, $3, $4) \
+             ON CONFLICT (sequence) DO NOTHING"
+        );
+        assert_eq!(
+            Table::Outbox.delete(),
+            "DELETE FROM outbox WHERE host_id = $1 AND subject = $2"
+        );
+        for table in Table::ALL {
+            assert!(!table.upsert().contains("OR REPLACE") && !table.upsert().contains('?'));
+        }
+    }
+}
