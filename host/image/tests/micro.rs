@@ -59,45 +59,7 @@ impl Guest {
             .status();
         assert!(made.unwrap().success());
         let socket = directory.path().join("qmp");
-        let words = "godwit.ip=10.0.2.15/24 godwit.gw=10.0.2.2 godwit.name=web1 godwit.mtu=1400";
-        let mut qemu = Command::new("qemu-system-x86_64")
-            .args([
-                "-nodefaults",
-                "-accel",
-                "tcg",
-                "-m",
-                "160",
-                "-display",
-                "none",
-                "-serial",
-                "stdio",
-                "-M",
-                machine,
-            ])
-            .args([
-                "-netdev",
-                "user,id=n,hostfwd=tcp:127.0.0.1:0-:80,hostfwd=udp:127.0.0.1:0-:7",
-            ])
-            .args([
-                "-device",
-                "virtio-net-pci,netdev=n",
-                "-device",
-                "virtio-blk-pci,drive=d",
-            ])
-            .args(["-append", &format!("{} {words}", files.command_line)])
-            .arg("-kernel")
-            .arg(template.join(&files.kernel.file))
-            .arg("-initrd")
-            .arg(template.join(&files.initrd.file))
-            .args([
-                "-drive",
-                &format!("file={},format=qcow2,if=none,id=d", overlay.display()),
-            ])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut qemu = qemu_command(machine, &overlay, &socket).spawn().unwrap();
         let console = qemu.stdin.take().unwrap();
         let lines = lines(qemu.stdout.take().unwrap());
         // From here on a failed assertion must not leave QEMU behind.
@@ -191,6 +153,49 @@ impl Drop for Guest {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
+}
+
+/// QEMU's command line for a guest of the template on `overlay`.
+fn qemu_command(machine: &str, overlay: &Path, socket: &Path) -> Command {
+    let (template, files) = template();
+    let words = "godwit.ip=10.0.2.15/24 godwit.gw=10.0.2.2 godwit.name=web1 godwit.mtu=1400";
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args([
+        "-nodefaults",
+        "-accel",
+        "tcg",
+        "-m",
+        "160",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-M",
+        machine,
+    ])
+    .args([
+        "-netdev",
+        "user,id=n,hostfwd=tcp:127.0.0.1:0-:80,hostfwd=udp:127.0.0.1:0-:7",
+    ])
+    .args([
+        "-device",
+        "virtio-net-pci,netdev=n",
+        "-device",
+        "virtio-blk-pci,drive=d",
+    ])
+    .args(["-append", &format!("{} {words}", files.command_line)])
+    .arg("-kernel")
+    .arg(template.join(&files.kernel.file))
+    .arg("-initrd")
+    .arg(template.join(&files.initrd.file))
+    .args([
+        "-drive",
+        &format!("file={},format=qcow2,if=none,id=d", overlay.display()),
+    ])
+    .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+    .stdin(Stdio::piped())
+    .stdout(Stdio::piped());
+    qemu
 }
 
 /// Kills the process unless it is kept.
