@@ -1,11 +1,8 @@
 //! What an agent is configured with, and what it keeps in its state directory.
 
-use std::{
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::{net::IpAddr, path::PathBuf};
 
-use identity::{CaCertificate, NodeIdentity, secret_file};
+use identity::{NodeIdentity, secret_file};
 use model::{HostId, Name};
 use network::{Gateway, InterfaceName};
 use serde::{Deserialize, Serialize};
@@ -53,7 +50,9 @@ pub struct Membership {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// This host has joined no cell.
-    #[error("this host has not joined a cell; get a token with `godwit host add-token` and start with --join TOKEN@ADDRESS")]
+    #[error(
+        "this host has not joined a cell; get a token with `godwit host add-token` and start with --join TOKEN@ADDRESS"
+    )]
     NotJoined,
     /// A file cannot be read.
     #[error("cannot read {}", path.display())]
@@ -115,7 +114,10 @@ impl AgentConfig {
         self.make_state_dir()?;
         identity.save(&self.identity_path())?;
         let path = self.membership_path();
-        let text = serde_json::to_vec_pretty(membership).map_err(|source| StateError::Damaged { path: path.clone(), source })?;
+        let text = serde_json::to_vec_pretty(membership).map_err(|source| StateError::Damaged {
+            path: path.clone(),
+            source,
+        })?;
         secret_file::replace(&path, &text).map_err(|source| StateError::Write { path, source })
     }
 
@@ -128,7 +130,10 @@ impl AgentConfig {
             return Err(StateError::NotJoined);
         }
         let path = self.membership_path();
-        let bytes = secret_file::read(&path, 64 << 10).map_err(|source| StateError::Read { path: path.clone(), source })?;
+        let bytes = secret_file::read(&path, 64 << 10).map_err(|source| StateError::Read {
+            path: path.clone(),
+            source,
+        })?;
         let membership = serde_json::from_slice(&bytes).map_err(|source| StateError::Damaged { path, source })?;
         Ok((membership, NodeIdentity::load(&self.identity_path())?))
     }
@@ -138,8 +143,10 @@ impl AgentConfig {
     /// # Errors
     /// [`StateError::Write`].
     pub fn make_state_dir(&self) -> Result<(), StateError> {
-        secret_file::private_directory(&self.state_dir)
-            .map_err(|source| StateError::Write { path: self.state_dir.clone(), source })
+        secret_file::private_directory(&self.state_dir).map_err(|source| StateError::Write {
+            path: self.state_dir.clone(),
+            source,
+        })
     }
 
     /// A VM's own directory of sockets.
@@ -153,13 +160,4 @@ impl AgentConfig {
     pub fn vm_log_dir(&self, vm: model::VmId) -> PathBuf {
         self.state_dir.join("logs").join(vm.to_string())
     }
-}
-
-/// The certificate of a cell, read from a file.
-///
-/// # Errors
-/// What the system or the certificate's form says.
-pub fn read_authority(path: &Path) -> Result<CaCertificate, std::io::Error> {
-    let pem = std::fs::read(path)?;
-    CaCertificate::from_pem(&pem).map_err(std::io::Error::other)
 }

@@ -108,7 +108,11 @@ struct Log {
 impl Log {
     fn open(dir: PathBuf) -> std::io::Result<Self> {
         fs::create_dir_all(&dir)?;
-        let file = File::options().append(true).create(true).mode(0o600).open(dir.join("serial.log"))?;
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(dir.join("serial.log"))?;
         let bytes = file.metadata()?.len();
         Ok(Self { dir, file, bytes })
     }
@@ -127,9 +131,13 @@ impl Log {
 /// Connects a VM's console to somebody who looks by way of the controller; returns when either ends.
 pub(crate) async fn serve(shared: &Arc<Shared>, console: Uuid, vm: VmId, ticket: &Ticket) -> Result<(), Refusal> {
     let gone = |text: String| Refusal::new(Code::WrongState, text);
-    let (mut output, input) =
-        shared.look_at(vm).await.ok_or_else(|| gone(format!("VM {vm} has no console on this host: it is off or has moved")))?;
-    let mut link = shared.link().ok_or_else(|| gone("the controller is not connected".to_owned()))?;
+    let (mut output, input) = shared
+        .look_at(vm)
+        .await
+        .ok_or_else(|| gone(format!("VM {vm} has no console on this host: it is off or has moved")))?;
+    let mut link = shared
+        .link()
+        .ok_or_else(|| gone("the controller is not connected".to_owned()))?;
     let (show, shown) = mpsc::channel(LAG_MAX);
     let forward = tokio::spawn(async move {
         loop {
@@ -146,7 +154,9 @@ pub(crate) async fn serve(shared: &Arc<Shared>, console: Uuid, vm: VmId, ticket:
         }
     });
     let _stop = StopOnDrop(forward);
-    let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::HostFailed, format!("the console of VM {vm} broke: {error}"));
+    let failed = |error: &dyn std::fmt::Display| {
+        Refusal::new(Code::HostFailed, format!("the console of VM {vm} broke: {error}"))
+    };
     let request = Request::post(format!("{CONSOLE_PATH}/{console}"))
         .header(TICKET_HEADER, ticket.expose())
         .body(session::body_of(shown))
@@ -186,7 +196,10 @@ mod tests {
         for n in 0..200_000 {
             log.write(format!("line {n:>10}\n").as_bytes()).unwrap();
         }
-        let total: u64 = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        let total: u64 = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().metadata().unwrap().len())
+            .sum();
         assert!(total <= 2 * LOG_HALF_BYTES);
         let text = fs::read_to_string(dir.path().join("serial.log")).unwrap();
         assert!(text.ends_with("line     199999\n"));

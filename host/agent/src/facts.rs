@@ -14,7 +14,7 @@ const POOL_TOKEN: &str = ".godwit-pool";
 ///
 /// # Errors
 /// When `/proc` cannot be read.
-pub fn boot_id() -> io::Result<BootId> {
+pub(crate) fn boot_id() -> io::Result<BootId> {
     // Tests of lost power give a host's agent another boot than the machine's.
     let text = match std::env::var("GODWIT_BOOT_ID") {
         Ok(text) => text,
@@ -27,7 +27,7 @@ pub fn boot_id() -> io::Result<BootId> {
 ///
 /// # Errors
 /// When the token file cannot be read or made.
-pub fn pool_id(root: &Path) -> io::Result<PoolId> {
+pub(crate) fn pool_id(root: &Path) -> io::Result<PoolId> {
     let path = root.join(POOL_TOKEN);
     fs::create_dir_all(root)?;
     let draft = root.join(format!("{POOL_TOKEN}.{}", Uuid::now_v7()));
@@ -70,13 +70,26 @@ fn pool_facts(id: PoolId, pool: &crate::shared::NamedPool) -> PoolFacts {
             (0, 0)
         }
     };
-    PoolFacts { id, name: pool.name.clone(), capacity_bytes, free_bytes }
+    PoolFacts {
+        id,
+        name: pool.name.clone(),
+        capacity_bytes,
+        free_bytes,
+    }
 }
 
 fn memory_mib() -> io::Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.map(|kib| kib / 1024).ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))
+    let kib = text.lines().find_map(|line| {
+        line.strip_prefix("MemTotal:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    });
+    kib.map(|kib| kib / 1024)
+        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal"))
 }
 
 #[cfg(test)]

@@ -34,7 +34,9 @@ pub enum JoinError {
         source: std::io::Error,
     },
     /// It is not the controller that made the token.
-    #[error("what answers at {address} is not the controller that made this token; check the address, or get a new token")]
+    #[error(
+        "what answers at {address} is not the controller that made this token; check the address, or get a new token"
+    )]
     NotTheController {
         /// Where it was looked for.
         address: String,
@@ -69,16 +71,28 @@ pub async fn join(config: &AgentConfig, target: &JoinTarget, name: &Name) -> Res
     config.make_state_dir()?;
     let address = format!("{}:{}", target.address.host, target.address.port);
     let key = NodeKey::generate()?;
-    let request = JoinRequest { token: Ticket::new(target.token.reveal()), csr_pem: pem("CERTIFICATE REQUEST", &key.request()?), name: name.clone() };
+    let request = JoinRequest {
+        token: Ticket::new(target.token.reveal()),
+        csr_pem: pem("CERTIFICATE REQUEST", &key.request()?),
+        name: name.clone(),
+    };
     let answer = ask(&address, target, &request).await?;
-    let wrong = |why: String| JoinError::Answer { address: address.clone(), why };
+    let wrong = |why: String| JoinError::Answer {
+        address: address.clone(),
+        why,
+    };
     let authority = CaCertificate::from_pem(answer.ca_pem.as_bytes()).map_err(|error| wrong(chain(&error)))?;
     if authority.fingerprint() != target.token.authority() {
         return Err(wrong("its authority is not the token's".to_owned()));
     }
     let identity = NodeIdentity::new(key, unpem(&answer.certificate_pem).map_err(wrong)?, authority)?;
     let controller = reachable(&answer.agent_endpoint, &target.address.host);
-    let membership = Membership { version: 1, host: answer.host, cluster: answer.cluster, controller };
+    let membership = Membership {
+        version: 1,
+        host: answer.host,
+        cluster: answer.cluster,
+        controller,
+    };
     config.keep(&membership, &identity)?;
     Ok(membership)
 }
@@ -93,17 +107,30 @@ fn reachable(endpoint: &str, dialled: &str) -> String {
 }
 
 async fn ask(address: &str, target: &JoinTarget, request: &JoinRequest) -> Result<JoinResponse, JoinError> {
-    let unreachable = |source| JoinError::Connect { address: address.to_owned(), source };
-    let wrong = |why: String| JoinError::Answer { address: address.to_owned(), why };
+    let unreachable = |source| JoinError::Connect {
+        address: address.to_owned(),
+        source,
+    };
+    let wrong = |why: String| JoinError::Answer {
+        address: address.to_owned(),
+        why,
+    };
     let stream = timeout(ANSWER_MAX, TcpStream::connect(address))
         .await
         .map_err(|_| unreachable(std::io::ErrorKind::TimedOut.into()))?
         .map_err(unreachable)?;
-    let not_it = |source| JoinError::NotTheController { address: address.to_owned(), source };
+    let not_it = |source| JoinError::NotTheController {
+        address: address.to_owned(),
+        source,
+    };
     let mut tls_config = tls::joining(target.token.authority()).map_err(not_it)?;
     tls_config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    let stream = tls::connect(&Arc::new(tls_config), tls::unnamed(), stream, ANSWER_MAX).await.map_err(not_it)?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| wrong(error.to_string()))?;
+    let stream = tls::connect(&Arc::new(tls_config), tls::unnamed(), stream, ANSWER_MAX)
+        .await
+        .map_err(not_it)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| wrong(error.to_string()))?;
     let driver = tokio::spawn(connection);
     let body = serde_json::to_vec(request).map_err(|error| wrong(error.to_string()))?;
     let http = Request::post(JOIN_PATH)
@@ -111,10 +138,15 @@ async fn ask(address: &str, target: &JoinTarget, request: &JoinRequest) -> Resul
         .header("content-type", "application/json")
         .body(Full::new(bytes::Bytes::from(body)))
         .map_err(|error| wrong(error.to_string()))?;
-    let answer = timeout(ANSWER_MAX, sender.send_request(http)).await.map_err(|_| wrong("no answer".to_owned()))?;
+    let answer = timeout(ANSWER_MAX, sender.send_request(http))
+        .await
+        .map_err(|_| wrong("no answer".to_owned()))?;
     let answer = answer.map_err(|error| wrong(error.to_string()))?;
     let status = answer.status();
-    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX).collect().await.map_err(|error| wrong(error.to_string()))?;
+    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX)
+        .collect()
+        .await
+        .map_err(|error| wrong(error.to_string()))?;
     driver.abort();
     let bytes = bytes.to_bytes();
     if !status.is_success() {
@@ -143,17 +175,32 @@ async fn renew(shared: &Arc<Shared>) -> Result<(), String> {
     let mut link = shared.link().ok_or("the controller is not connected")?;
     let key = NodeKey::generate().map_err(|error| chain(&error))?;
     let csr = key.request().map_err(|error| chain(&error))?;
-    let body = serde_json::to_vec(&RenewRequest { csr_pem: pem("CERTIFICATE REQUEST", &csr) }).map_err(|e| e.to_string())?;
-    let request = Request::post(RENEW_PATH).body(Full::new(bytes::Bytes::from(body)).boxed()).map_err(|e| e.to_string())?;
-    let answer = timeout(ANSWER_MAX, link.send_request(request)).await.map_err(|_| "no answer")?.map_err(|e| e.to_string())?;
+    let body = serde_json::to_vec(&RenewRequest {
+        csr_pem: pem("CERTIFICATE REQUEST", &csr),
+    })
+    .map_err(|e| e.to_string())?;
+    let request = Request::post(RENEW_PATH)
+        .body(Full::new(bytes::Bytes::from(body)).boxed())
+        .map_err(|e| e.to_string())?;
+    let answer = timeout(ANSWER_MAX, link.send_request(request))
+        .await
+        .map_err(|_| "no answer")?
+        .map_err(|e| e.to_string())?;
     if !answer.status().is_success() {
         return Err(format!("the controller answered {}", answer.status()));
     }
-    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX).collect().await.map_err(|e| e.to_string())?.to_bytes();
+    let bytes = Limited::new(answer.into_body(), BODY_BYTES_MAX)
+        .collect()
+        .await
+        .map_err(|e| e.to_string())?
+        .to_bytes();
     let renewed: RenewResponse = serde_json::from_slice(&bytes).map_err(|e| e.to_string())?;
     let authority = shared.identity().authority().clone();
-    let identity = NodeIdentity::new(key, unpem(&renewed.certificate_pem)?, authority).map_err(|error| chain(&error))?;
-    identity.save(&shared.config.identity_path()).map_err(|error| chain(&error))?;
+    let identity =
+        NodeIdentity::new(key, unpem(&renewed.certificate_pem)?, authority).map_err(|error| chain(&error))?;
+    identity
+        .save(&shared.config.identity_path())
+        .map_err(|error| chain(&error))?;
     shared.set_identity(identity);
     Ok(())
 }

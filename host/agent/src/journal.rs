@@ -34,7 +34,7 @@ const HEADER_BYTES: usize = 8;
 
 /// The agent's journal.
 #[derive(Debug)]
-pub struct Journal {
+pub(crate) struct Journal {
     path: PathBuf,
     file: File,
     boot: BootId,
@@ -96,9 +96,18 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn open(path: &Path, boot: BootId) -> Result<Self, JournalError> {
-        let fail = |source| JournalError::File { path: path.to_owned(), source };
-        let mut file = File::options().read(true).append(true).create(true).mode(0o600).open(path).map_err(fail)?;
+    pub(crate) fn open(path: &Path, boot: BootId) -> Result<Self, JournalError> {
+        let fail = |source| JournalError::File {
+            path: path.to_owned(),
+            source,
+        };
+        let mut file = File::options()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(fail)?;
         rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| JournalError::InUse { path: path.to_owned() })?;
         let mut bytes = Vec::new();
@@ -108,17 +117,24 @@ impl Journal {
             tracing::warn!(path = %path.display(), lost = bytes.len() - good, "the journal's torn tail was cut off");
             file.set_len(good as u64).map_err(fail)?;
         }
-        Ok(Self { path: path.to_owned(), file, boot, sequence, bytes: good as u64, last })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            boot,
+            sequence,
+            bytes: good as u64,
+            last,
+        })
     }
 
     /// The last saved state of each VM.
-    pub fn saved(&self) -> impl Iterator<Item = &Saved> {
+    pub(crate) fn saved(&self) -> impl Iterator<Item = &Saved> {
         self.last.values().map(|kept| &kept.saved)
     }
 
     /// The last saved state of one VM.
     #[must_use]
-    pub fn saved_of(&self, vm: VmId) -> Option<&Saved> {
+    pub(crate) fn saved_of(&self, vm: VmId) -> Option<&Saved> {
         self.last.get(&vm).map(|kept| &kept.saved)
     }
 
@@ -126,16 +142,25 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`]; then nothing that the record announces may be done.
-    pub fn append(&mut self, saved: &Saved) -> Result<(), JournalError> {
+    pub(crate) fn append(&mut self, saved: &Saved) -> Result<(), JournalError> {
         let record = Self::encode(self.sequence + 1, self.boot, saved)?;
         if let Err(source) = self.file.write_all(&record) {
             // A part of the record must not stay in front of the next one.
             let _ = self.file.set_len(self.bytes);
-            return Err(JournalError::File { path: self.path.clone(), source });
+            return Err(JournalError::File {
+                path: self.path.clone(),
+                source,
+            });
         }
         self.sequence += 1;
         self.bytes += record.len() as u64;
-        self.last.insert(saved.vm, Kept { sequence: self.sequence, saved: saved.clone() });
+        self.last.insert(
+            saved.vm,
+            Kept {
+                sequence: self.sequence,
+                saved: saved.clone(),
+            },
+        );
         self.forget_oldest();
         if self.bytes > COMPACT_BYTES && self.bytes > 4 * self.held_bytes() {
             self.compact()?;
@@ -147,8 +172,11 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError::File`].
-    pub fn sync_handle(&self) -> Result<File, JournalError> {
-        self.file.try_clone().map_err(|source| JournalError::File { path: self.path.clone(), source })
+    pub(crate) fn sync_handle(&self) -> Result<File, JournalError> {
+        self.file.try_clone().map_err(|source| JournalError::File {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     fn held_bytes(&self) -> u64 {
@@ -161,8 +189,12 @@ impl Journal {
             return;
         }
         let tombstone = |kept: &Kept| kept.saved.role == task::Role::None && kept.saved.pending.is_none();
-        let mut tombstones: Vec<_> =
-            self.last.iter().filter(|(_, kept)| tombstone(kept)).map(|(&vm, kept)| (kept.sequence, vm)).collect();
+        let mut tombstones: Vec<_> = self
+            .last
+            .iter()
+            .filter(|(_, kept)| tombstone(kept))
+            .map(|(&vm, kept)| (kept.sequence, vm))
+            .collect();
         if tombstones.len() > TOMBSTONES_MAX {
             tombstones.sort_unstable();
             for (_, vm) in &tombstones[..tombstones.len() - TOMBSTONES_MAX] {
@@ -172,14 +204,23 @@ impl Journal {
     }
 
     fn compact(&mut self) -> Result<(), JournalError> {
-        let fail = |source| JournalError::File { path: self.path.clone(), source };
+        let fail = |source| JournalError::File {
+            path: self.path.clone(),
+            source,
+        };
         let draft = self.path.with_extension("new");
         let mut records = Vec::new();
         for kept in self.last.values() {
             records.extend(Self::encode(kept.sequence, self.boot, &kept.saved)?);
         }
         let _ = fs::remove_file(&draft);
-        let mut file = File::options().read(true).append(true).create_new(true).mode(0o600).open(&draft).map_err(fail)?;
+        let mut file = File::options()
+            .read(true)
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft)
+            .map_err(fail)?;
         rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| fail(e.into()))?;
         file.write_all(&records).and_then(|()| file.sync_data()).map_err(fail)?;
         fs::rename(&draft, &self.path).map_err(fail)?;
@@ -204,10 +245,19 @@ impl Journal {
         let (mut sequence, mut at) = (0, 0);
         while let Some((record, next)) = Self::read_one(&bytes[at..]) {
             if record.saved.version > Saved::VERSION {
-                return Err(JournalError::Newer { path: path.to_owned(), version: record.saved.version });
+                return Err(JournalError::Newer {
+                    path: path.to_owned(),
+                    version: record.saved.version,
+                });
             }
             sequence = sequence.max(record.sequence);
-            last.insert(record.saved.vm, Kept { sequence: record.sequence, saved: record.saved });
+            last.insert(
+                record.saved.vm,
+                Kept {
+                    sequence: record.sequence,
+                    saved: record.saved,
+                },
+            );
             at += next;
         }
         Ok((last, sequence, at))
@@ -217,7 +267,9 @@ impl Journal {
     fn read_one(bytes: &[u8]) -> Option<(Record<Saved>, usize)> {
         let (length, rest) = bytes.split_first_chunk::<4>()?;
         let (crc, rest) = rest.split_first_chunk::<4>()?;
-        let length = usize::try_from(u32::from_le_bytes(*length)).ok().filter(|&n| n <= RECORD_BYTES_MAX)?;
+        let length = usize::try_from(u32::from_le_bytes(*length))
+            .ok()
+            .filter(|&n| n <= RECORD_BYTES_MAX)?;
         let body = rest.get(..length)?;
         if crc32fast::hash(body) != u32::from_le_bytes(*crc) {
             return None;

@@ -36,8 +36,8 @@ use network::BridgeSpec;
 use tokio::net::TcpListener;
 
 pub use config::{AgentConfig, Membership, StateError};
-pub use journal::JournalError;
 pub use join::{JoinError, join};
+pub use journal::JournalError;
 
 use shared::{NamedPool, Parts, Shared};
 
@@ -119,15 +119,35 @@ impl Agent {
         let program = qemu::Program::locate(Some(&config.qemu));
         let capabilities = qemu::discover(&program).await?;
         let verdict = qemu::probe(&program, &config.run_dir).await?;
-        tracing::info!(qemu = capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
+        tracing::info!(qemu = %capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
         let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
         let address = config.address;
-        let listener = TcpListener::bind((address, 0)).await.map_err(|source| StartError::Listen { address, source })?;
-        let peer_port = listener.local_addr().map_err(|source| StartError::Listen { address, source })?.port();
-        let parts = Parts { config, membership, boot, peer_port, program, network, pools, identity, journal };
+        let listener = TcpListener::bind((address, 0))
+            .await
+            .map_err(|source| StartError::Listen { address, source })?;
+        let peer_port = listener
+            .local_addr()
+            .map_err(|source| StartError::Listen { address, source })?
+            .port();
+        let qemu = qemu::Qemu::new(program, &capabilities);
+        let parts = Parts {
+            config,
+            membership,
+            boot,
+            peer_port,
+            qemu,
+            network,
+            pools,
+            identity,
+            journal,
+        };
         let shared = Shared::new(parts);
         shared.take_up();
-        Ok(Self { shared, hypervisor, listener })
+        Ok(Self {
+            shared,
+            hypervisor,
+            listener,
+        })
     }
 
     /// This host's id.
@@ -149,7 +169,10 @@ impl Agent {
 
 /// Each VM's directory in it is the VM's own; to reach it, its user must pass through this one.
 fn make_run_dir(config: &AgentConfig) -> Result<(), StartError> {
-    let fail = |source| StartError::Path { path: config.run_dir.clone(), source };
+    let fail = |source| StartError::Path {
+        path: config.run_dir.clone(),
+        source,
+    };
     std::fs::create_dir_all(&config.run_dir).map_err(fail)?;
     std::fs::set_permissions(&config.run_dir, std::fs::Permissions::from_mode(0o711)).map_err(fail)
 }
@@ -157,9 +180,21 @@ fn make_run_dir(config: &AgentConfig) -> Result<(), StartError> {
 fn open_pools(config: &AgentConfig) -> Result<BTreeMap<PoolId, Arc<NamedPool>>, StartError> {
     let mut pools = BTreeMap::new();
     for (name, root) in &config.pools {
-        let id = facts::pool_id(root).map_err(|source| StartError::Path { path: root.clone(), source })?;
-        let pool = image::Pool::open(root).map_err(|source| StartError::Pool { name: name.clone(), source })?;
-        pools.insert(id, Arc::new(NamedPool { name: name.clone(), pool }));
+        let id = facts::pool_id(root).map_err(|source| StartError::Path {
+            path: root.clone(),
+            source,
+        })?;
+        let pool = image::Pool::open(root).map_err(|source| StartError::Pool {
+            name: name.clone(),
+            source,
+        })?;
+        pools.insert(
+            id,
+            Arc::new(NamedPool {
+                name: name.clone(),
+                pool,
+            }),
+        );
     }
     Ok(pools)
 }

@@ -60,7 +60,10 @@ pub(crate) struct Peers {
 impl Peers {
     /// Says a word: directly where there is a connection, else, or when `also_relay`, by way of the controller.
     pub(crate) fn say(&self, shared: &Shared, word: Relay, also_relay: bool) {
-        let direct = self.lock().get(&word.to).is_some_and(|link| link.try_send(word).is_ok());
+        let direct = self
+            .lock()
+            .get(&word.to)
+            .is_some_and(|link| link.try_send(word).is_ok());
         if !direct || also_relay {
             shared.reports.push(Report::Relay(word));
         }
@@ -97,10 +100,15 @@ async fn dial(
     words: mpsc::Receiver<Relay>,
 ) -> Result<(), LinkError> {
     let config = tls::to_host(&shared.identity(), host.0)?;
-    let stream = timeout(HANDSHAKE_MAX, TcpStream::connect(address)).await.map_err(|_| LinkError::Silent)??;
+    let stream = timeout(HANDSHAKE_MAX, TcpStream::connect(address))
+        .await
+        .map_err(|_| LinkError::Silent)??;
     stream.set_nodelay(true)?;
     let mut stream = tls::connect(&Arc::new(config), tls::unnamed(), stream, HANDSHAKE_MAX).await?;
-    let hello = Peer::Hello { version_min: wire::VERSION_MIN, version_max: wire::VERSION_MAX };
+    let hello = Peer::Hello {
+        version_min: wire::VERSION_MIN,
+        version_max: wire::VERSION_MAX,
+    };
     stream.write_all(&wire::encode(&hello, FRAME_BYTES_MAX)?).await?;
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
     match next(&mut stream, &mut decoder).await? {
@@ -114,7 +122,9 @@ async fn dial(
 pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -138,15 +148,25 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
     stream.set_nodelay(true)?;
     let config = Arc::new(tls::agents_port(&shared.identity())?);
     let mut stream = tls::accept(&config, stream, HANDSHAKE_MAX).await?;
-    let Role::Host(host) = tls::peer_of(&stream)?.role else { return Err(LinkError::Version) };
+    let Role::Host(host) = tls::peer_of(&stream)?.role else {
+        return Err(LinkError::Version);
+    };
     let host = HostId(host);
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
-    let version = match timeout(HANDSHAKE_MAX, next(&mut stream, &mut decoder)).await.map_err(|_| LinkError::Silent)?? {
-        Some(Peer::Hello { version_min, version_max }) => wire::negotiate(version_min, version_max),
+    let version = match timeout(HANDSHAKE_MAX, next(&mut stream, &mut decoder))
+        .await
+        .map_err(|_| LinkError::Silent)??
+    {
+        Some(Peer::Hello {
+            version_min,
+            version_max,
+        }) => wire::negotiate(version_min, version_max),
         _ => None,
     };
     let version = version.ok_or(LinkError::Version)?;
-    stream.write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?).await?;
+    stream
+        .write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?)
+        .await?;
     let (link, words) = mpsc::channel(WAITING_MAX);
     shared.peers.lock().insert(host, link);
     talk(shared, host, stream, decoder, words).await

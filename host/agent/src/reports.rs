@@ -61,7 +61,13 @@ impl Reports {
             let more = self.more.notified();
             let next: Vec<_> = {
                 let inner = self.lock();
-                inner.kept.iter().filter(|(sequence, _)| *sequence > sent).take(limit).cloned().collect()
+                inner
+                    .kept
+                    .iter()
+                    .filter(|(sequence, _)| *sequence > sent)
+                    .take(limit)
+                    .cloned()
+                    .collect()
             };
             if !next.is_empty() {
                 return next;
@@ -82,7 +88,9 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        Report::Inventory { vms: Vec::<VmObserved>::new() }
+        Report::Inventory {
+            vms: Vec::<VmObserved>::new(),
+        }
     }
 
     #[tokio::test]

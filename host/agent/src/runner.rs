@@ -32,8 +32,8 @@ use crate::{
     tunnels::Tunnel,
 };
 
-/// Events of a hypervisor's process that wait to be taken.
-const EVENTS_MAX: usize = 1024;
+/// Between two tries to find a process again that is there but does not answer.
+const ADOPT_AGAIN: Duration = Duration::from_millis(500);
 /// A word that was said this often without an answer is also said by way of the controller.
 const DIRECT_WORDS: u32 = 2;
 /// First of the user ids that VMs run as; each VM has its own, derived from its id.
@@ -46,6 +46,8 @@ pub(crate) enum Fed {
     Input(Input),
     /// A preparation is done: with it come the taps.
     Prepared(Result<(Box<Launch>, Vec<OwnedFd>), Refusal>),
+    /// A process was started or found again, or neither.
+    Started(Result<qemu::Vm, String>),
 }
 
 /// The user id that a VM's process runs as.
@@ -64,7 +66,6 @@ pub(crate) fn start(
     back: mpsc::Sender<Fed>,
     shown: Arc<Shown>,
 ) {
-    let (events, happened) = mpsc::channel(EVENTS_MAX);
     let vm = task.saved().vm;
     let runner = Runner {
         shared,
@@ -72,7 +73,6 @@ pub(crate) fn start(
         task,
         back,
         shown,
-        events,
         machine: None,
         taps: vec![],
         tunnel: None,
@@ -80,7 +80,7 @@ pub(crate) fn start(
         said: (None, 0),
         gone: false,
     };
-    tokio::spawn(runner.run(effects, queue, happened));
+    tokio::spawn(runner.run(effects, queue));
 }
 
 struct Runner {
@@ -89,8 +89,7 @@ struct Runner {
     task: Task,
     back: mpsc::Sender<Fed>,
     shown: Arc<Shown>,
-    events: mpsc::Sender<Happened>,
-    machine: Option<qemu::Machine>,
+    machine: Option<qemu::Vm>,
     taps: Vec<OwnedFd>,
     tunnel: Option<Tunnel>,
     timers: BTreeMap<Timer, Instant>,
@@ -100,13 +99,17 @@ struct Runner {
 }
 
 impl Runner {
-    async fn run(mut self, effects: Vec<Effect>, mut queue: mpsc::Receiver<Fed>, mut happened: mpsc::Receiver<Happened>) {
+    async fn run(mut self, effects: Vec<Effect>, mut queue: mpsc::Receiver<Fed>) {
         self.carry_out(effects).await;
         loop {
-            let next = self.timers.iter().min_by_key(|(_, at)| **at).map(|(timer, at)| (*timer, *at));
+            let next = self
+                .timers
+                .iter()
+                .min_by_key(|(_, at)| **at)
+                .map(|(timer, at)| (*timer, *at));
             let input = tokio::select! {
                 biased;
-                Some(event) = happened.recv() => Fed::Input(Input::Driver(event)),
+                Some(event) = next_of(&mut self.machine) => Fed::Input(Input::Driver(event)),
                 Some(fed) = queue.recv() => fed,
                 () = until(next.map(|(_, at)| at)) => match next {
                     Some((timer, _)) => {
@@ -139,6 +142,9 @@ impl Runner {
                 Input::Prepared(Ok(launch))
             }
             Fed::Prepared(Err(reason)) => Input::Prepared(Err(reason)),
+            // The first thing that it tells is how it is.
+            Fed::Started(Ok(machine)) => return self.got(machine),
+            Fed::Started(Err(reason)) => Input::Driver(Happened::NotUp { reason }),
         };
         if matches!(input, Input::Driver(Happened::Died { .. } | Happened::NotUp { .. })) {
             self.machine = None;
@@ -166,9 +172,9 @@ impl Runner {
         match effect {
             Effect::Save => self.shared.save(self.task.saved()).map_err(|error| chain(&error))?,
             Effect::Prepare { definition, mode } => self.prepare(definition, mode),
-            Effect::Spawn(launch) => self.spawn(&launch),
+            Effect::Spawn(launch) => self.spawn(launch),
             Effect::Adopt => self.adopt(),
-            Effect::Act(action) => self.act(action).await,
+            Effect::Act(action) => self.act(action),
             Effect::OpenPorts => self.open_ports(),
             Effect::Clear => self.clear(),
             Effect::DeleteFiles(volumes) => self.delete_files(volumes),
@@ -196,48 +202,66 @@ impl Runner {
         });
     }
 
-    fn spawn(&mut self, launch: &Launch) {
+    fn spawn(&mut self, launch: Box<Launch>) {
         let taps = std::mem::take(&mut self.taps);
-        match qemu::Machine::spawn(&self.shared.program, launch, taps, self.events.clone()) {
-            Ok(machine) => self.got(machine),
-            Err(error) => self.happened(Happened::NotUp { reason: chain(&error) }),
-        }
+        let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
+        tokio::spawn(async move {
+            let started = shared.qemu.spawn(*launch, taps).await.map_err(|error| chain(&error));
+            let _ = back.send(Fed::Started(started)).await;
+        });
     }
 
-    fn adopt(&mut self) {
-        let run_dir = self.shared.config.vm_run_dir(self.vm);
-        match qemu::Machine::adopt(&run_dir, self.events.clone()) {
-            Ok(machine) => self.got(machine),
-            Err(error) => self.happened(Happened::NotUp { reason: chain(&error) }),
-        }
+    fn adopt(&self) {
+        let (shared, back, vm) = (Arc::clone(&self.shared), self.back.clone(), self.vm);
+        tokio::spawn(async move {
+            let found = adopt(&shared, vm).await;
+            let _ = back.send(Fed::Started(found)).await;
+        });
     }
 
-    fn got(&mut self, machine: qemu::Machine) {
+    fn got(&mut self, machine: qemu::Vm) {
         self.machine = Some(machine);
         let socket = self.shared.config.vm_run_dir(self.vm).join(driver::SERIAL_SOCKET);
         *lock(&self.shown.serial) = Some(Serial::open(socket, self.shared.config.vm_log_dir(self.vm)));
     }
 
-    async fn act(&mut self, action: Action) {
-        match &self.machine {
-            Some(machine) => machine.act(action).await,
-            None => self.happened(Happened::Died { detail: "there is no process".to_owned() }),
+    fn act(&self, action: Action) {
+        let Some(machine) = &self.machine else {
+            tracing::warn!(vm = %self.vm, ?action, "there is no process to ask");
+            return;
+        };
+        if let Err(error) = machine.handle().act(action.clone()) {
+            tracing::warn!(vm = %self.vm, ?action, %error, "the process was not asked");
+            // A dead one has told so already.
+            if !matches!(error, qemu::ActError::Dead) {
+                let refused = Happened::Refused {
+                    action: "asking QEMU",
+                    reason: error.to_string(),
+                };
+                self.feed_back(Input::Driver(refused));
+            }
         }
     }
 
-    /// Something that the runner knows before the hypervisor could say it.
-    fn happened(&self, happened: Happened) {
-        if self.events.try_send(happened).is_err() {
-            tracing::error!(vm = %self.vm, "the VM's events are not taken");
+    /// Something that the runner knows by itself.
+    fn feed_back(&self, input: Input) {
+        if self.back.try_send(Fed::Input(input)).is_err() {
+            tracing::error!(vm = %self.vm, "the VM's inputs are not taken");
         }
     }
 
     fn open_ports(&self) {
-        let Some(definition) = &self.task.saved().definition else { return };
+        let Some(definition) = &self.task.saved().definition else {
+            return;
+        };
         for port in &definition.ports {
-            let announcement = Announcement::new(port.mac.0.into(), &[port.ip.into()]);
+            let announcement = Announcement::new(port.mac, &[port.ip.into()]);
             let opened = match self.shared.network.find_port(port.port) {
-                Ok(Some(found)) => self.shared.network.open_port(&found.port, &announcement).map_err(|e| chain(&e)),
+                Ok(Some(found)) => self
+                    .shared
+                    .network
+                    .open_port(&found.port, &announcement)
+                    .map_err(|e| chain(&e)),
                 Ok(None) => Err("its tap is gone".to_owned()),
                 Err(error) => Err(chain(&error)),
             };
@@ -261,11 +285,8 @@ impl Runner {
                 }
             }
         }
-        match std::fs::remove_dir_all(self.shared.config.vm_run_dir(self.vm)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(vm = %self.vm, %error, "the VM's run directory was not removed");
-            }
-            _ => {}
+        if let Err(error) = qemu::clear(&self.shared.config.vm_run_dir(self.vm)) {
+            tracing::warn!(vm = %self.vm, %error, "the VM's run directory was not removed");
         }
     }
 
@@ -290,7 +311,9 @@ impl Runner {
                 Tunnel::dial(config, &terms, tunnel, uid_of(self.vm), self.back.clone())
             }
             TunnelWish::Adopt => match &self.task.saved().role {
-                Role::Source { terms, .. } | Role::Destination { terms, .. } => Tunnel::adopt(config, terms, self.back.clone()),
+                Role::Source { terms, .. } | Role::Destination { terms, .. } => {
+                    Tunnel::adopt(config, terms, self.back.clone())
+                }
                 Role::None | Role::Holder => return,
             },
             TunnelWish::Close => {
@@ -302,12 +325,7 @@ impl Runner {
         };
         match made {
             Ok(tunnel) => self.tunnel = Some(tunnel),
-            Err(reason) => {
-                let failed = Fed::Input(Input::Tunnel(TunnelEvent::Failed { reason }));
-                if self.back.try_send(failed).is_err() {
-                    tracing::error!(vm = %self.vm, "the VM's inputs are not taken");
-                }
-            }
+            Err(reason) => self.feed_back(Input::Tunnel(TunnelEvent::Failed { reason })),
         }
     }
 
@@ -319,11 +337,41 @@ impl Runner {
         if let Role::Source { to, terms, .. } = &self.task.saved().role
             && terms.destination == word.host
         {
-            self.shared.peers.ensure(&self.shared, word.host, SocketAddr::new(to.address, to.peer_port));
+            self.shared
+                .peers
+                .ensure(&self.shared, word.host, SocketAddr::new(to.address, to.peer_port));
         }
         let from = self.shared.host();
-        let relay = Relay { vm: self.vm, granted: word.granted, from, to: word.host, message: word.message };
+        let relay = Relay {
+            vm: self.vm,
+            granted: word.granted,
+            from,
+            to: word.host,
+            message: word.message,
+        };
         self.shared.peers.say(&self.shared, relay, self.said.1 > DIRECT_WORDS);
+    }
+}
+
+async fn next_of(machine: &mut Option<qemu::Vm>) -> Option<Happened> {
+    match machine {
+        Some(machine) => machine.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Finds a VM's process again. One that is there but does not answer is tried again and again: its guest may run.
+async fn adopt(shared: &Shared, vm: VmId) -> Result<qemu::Vm, String> {
+    let run_dir = shared.config.vm_run_dir(vm);
+    loop {
+        match shared.qemu.adopt(vm, &run_dir).await {
+            Ok(machine) => return Ok(machine),
+            Err(error @ qemu::AdoptError::Gone) => return Err(chain(&error)),
+            Err(error) => {
+                tracing::warn!(%vm, error = &error as &dyn std::error::Error, "the VM's process does not answer yet");
+                tokio::time::sleep(ADOPT_AGAIN).await;
+            }
+        }
     }
 }
 
@@ -365,10 +413,20 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
     for volume in &definition.volumes {
         let place = volume.place;
         let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
-        let base = volume.base.map(|base| Base { digest: base.digest, format: base.format });
+        let base = volume.base.map(|base| Base {
+            digest: base.digest,
+            format: base.format,
+        });
         if mode == Mode::Boot {
-            let request = VolumeRequest { id: place.volume, format: place.format, size_bytes: volume.size_bytes, base };
-            pool.pool.create_volume(&request).map_err(|error| failed("its disk was not made", chain(&error)))?;
+            let request = VolumeRequest {
+                id: place.volume,
+                format: place.format,
+                size_bytes: volume.size_bytes,
+                base,
+            };
+            pool.pool
+                .create_volume(&request)
+                .map_err(|error| failed("its disk was not made", chain(&error)))?;
             let given = pool.pool.give_volume(place.volume, place.format, uid, uid);
             given.map_err(|error| failed("its disk could not be given to it", chain(&error)))?;
         } else {
@@ -385,10 +443,22 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
         let remove = shared.network.remove(port.port);
         remove.map_err(|error| failed("a tap of old could not be removed", chain(&error)))?;
         let tap = shared.network.create_tap(port.port, &shared.bridge);
-        taps.push(tap.map_err(|error| failed("its network port was not made", chain(&error)))?.fd);
+        taps.push(
+            tap.map_err(|error| failed("its network port was not made", chain(&error)))?
+                .fd,
+        );
     }
     let run_dir = shared.config.vm_run_dir(vm);
-    Ok((Box::new(Launch { definition: *definition, mode, files, run_dir, uid }), taps))
+    Ok((
+        Box::new(Launch {
+            definition: *definition,
+            mode,
+            files,
+            run_dir,
+            uid,
+        }),
+        taps,
+    ))
 }
 
 fn no_pool(pool: model::PoolId) -> Refusal {
@@ -399,9 +469,12 @@ fn no_pool(pool: model::PoolId) -> Refusal {
 fn delete_volumes(shared: &Shared, volumes: &[VolumePlace]) -> Result<(), Refusal> {
     for place in volumes {
         let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
-        pool.pool
-            .delete_volume(place.volume, place.format)
-            .map_err(|error| Refusal::new(Code::HostFailed, format!("volume {} was not deleted: {}", place.volume, chain(&error))))?;
+        pool.pool.delete_volume(place.volume, place.format).map_err(|error| {
+            Refusal::new(
+                Code::HostFailed,
+                format!("volume {} was not deleted: {}", place.volume, chain(&error)),
+            )
+        })?;
     }
     Ok(())
 }

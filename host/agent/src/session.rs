@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::stream;
-use http_body_util::{BodyExt as _, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
 use hyper::{
     Request, Response, StatusCode,
     body::{Frame, Incoming},
@@ -91,7 +91,11 @@ pub(crate) async fn keep(shared: Arc<Shared>, hypervisor: Hypervisor) {
         match ended {
             Ok(never) => match never {},
             Err(error) => {
-                tracing::warn!(controller = shared.membership.controller, error = &error as &dyn std::error::Error, "no session");
+                tracing::warn!(
+                    controller = shared.membership.controller,
+                    error = &error as &dyn std::error::Error,
+                    "no session"
+                );
             }
         }
         if began.elapsed() > STEADY {
@@ -114,8 +118,12 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
         epoch: shared.epoch(),
     });
     send(&up, &hello).await?;
-    let request = Request::post(SESSION_PATH).body(body_of(frames)).map_err(|_| SessionError::Ended)?;
-    let answer = timeout(CONNECT_MAX, link.send_request(request)).await.map_err(|_| SessionError::Silent)??;
+    let request = Request::post(SESSION_PATH)
+        .body(body_of(frames))
+        .map_err(|_| SessionError::Ended)?;
+    let answer = timeout(CONNECT_MAX, link.send_request(request))
+        .await
+        .map_err(|_| SessionError::Silent)??;
     if answer.status() != StatusCode::OK {
         return Err(SessionError::Status(answer.status()));
     }
@@ -125,10 +133,18 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
         Down::Close { reason } => return Err(SessionError::Closed(reason.message)),
         _ => return Err(SessionError::Ended),
     };
-    tracing::info!(controller = shared.membership.controller, epoch = accepted.epoch.0, "session");
+    tracing::info!(
+        controller = shared.membership.controller,
+        epoch = accepted.epoch.0,
+        "session"
+    );
     shared.reports.acknowledge(accepted.received);
-    shared.reports.push(Report::Facts(Box::new(facts::facts(shared, hypervisor))));
-    shared.reports.push(Report::Inventory { vms: shared.inventory() });
+    shared
+        .reports
+        .push(Report::Facts(Box::new(facts::facts(shared, hypervisor))));
+    shared.reports.push(Report::Inventory {
+        vms: shared.inventory(),
+    });
     shared.set_link(Some(link));
     shared.set_progress(Some(up.clone()));
     tokio::select! {
@@ -139,7 +155,9 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
 
 async fn connect(shared: &Arc<Shared>) -> Result<Link, SessionError> {
     let address = &shared.membership.controller;
-    let stream = timeout(CONNECT_MAX, TcpStream::connect(address)).await.map_err(|_| SessionError::Silent)??;
+    let stream = timeout(CONNECT_MAX, TcpStream::connect(address))
+        .await
+        .map_err(|_| SessionError::Silent)??;
     stream.set_nodelay(true)?;
     let config = Arc::new(tls::to_controller(&shared.identity())?);
     let stream = tls::connect(&config, tls::unnamed(), stream, CONNECT_MAX).await?;
@@ -158,12 +176,15 @@ async fn connect(shared: &Arc<Shared>) -> Result<Link, SessionError> {
 
 /// A body that is what a channel brings.
 pub(crate) fn body_of(mut frames: mpsc::Receiver<Bytes>) -> Body {
-    let frames = stream::poll_fn(move |context| frames.poll_recv(context).map(|bytes| bytes.map(|b| Ok(Frame::data(b)))));
+    let frames =
+        stream::poll_fn(move |context| frames.poll_recv(context).map(|bytes| bytes.map(|b| Ok(Frame::data(b)))));
     BodyExt::boxed(StreamBody::new(frames))
 }
 
 async fn send(up: &mpsc::Sender<Bytes>, frame: &Up) -> Result<(), SessionError> {
-    up.send(wire::encode(frame, FRAME_BYTES_MAX)?).await.map_err(|_| SessionError::Ended)
+    up.send(wire::encode(frame, FRAME_BYTES_MAX)?)
+        .await
+        .map_err(|_| SessionError::Ended)
 }
 
 /// Sends reports as they come, and signs of life.
@@ -183,17 +204,20 @@ async fn say(shared: &Arc<Shared>, up: &mpsc::Sender<Bytes>, mut sent: Sequence)
 }
 
 /// Carries out what the controller says.
-async fn listen(
-    shared: &Arc<Shared>,
-    up: &mpsc::Sender<Bytes>,
-    down: &mut Frames,
-) -> Result<Infallible, SessionError> {
+async fn listen(shared: &Arc<Shared>, up: &mpsc::Sender<Bytes>, down: &mut Frames) -> Result<Infallible, SessionError> {
     loop {
-        let frame = timeout(LOST_AFTER, down.next()).await.map_err(|_| SessionError::Silent)??;
+        let frame = timeout(LOST_AFTER, down.next())
+            .await
+            .map_err(|_| SessionError::Silent)??;
         match frame {
             Down::Order { order } => Shared::order(shared, order),
             Down::Ack { sequence } => shared.reports.acknowledge(sequence),
-            Down::OpenConsole { console, vm, generation: _, ticket } => {
+            Down::OpenConsole {
+                console,
+                vm,
+                generation: _,
+                ticket,
+            } => {
                 let (shared, up) = (Arc::clone(shared), up.clone());
                 tokio::spawn(async move {
                     if let Err(reason) = console::serve(&shared, console, vm, &ticket).await {
@@ -216,7 +240,10 @@ struct Frames {
 
 impl Frames {
     fn of(answer: Response<Incoming>) -> Self {
-        Self { body: answer.into_body(), decoder: Decoder::new(FRAME_BYTES_MAX) }
+        Self {
+            body: answer.into_body(),
+            decoder: Decoder::new(FRAME_BYTES_MAX),
+        }
     }
 
     /// The next frame. Cancel-safe: what was read stays in the decoder.

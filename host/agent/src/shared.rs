@@ -47,7 +47,7 @@ pub(crate) struct Shared {
     pub(crate) membership: Membership,
     pub(crate) boot: BootId,
     pub(crate) peer_port: u16,
-    pub(crate) program: qemu::Program,
+    pub(crate) qemu: qemu::Qemu,
     pub(crate) network: Network,
     pub(crate) bridge: InterfaceName,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
@@ -80,7 +80,7 @@ pub(crate) struct Parts {
     pub(crate) membership: Membership,
     pub(crate) boot: BootId,
     pub(crate) peer_port: u16,
-    pub(crate) program: qemu::Program,
+    pub(crate) qemu: qemu::Qemu,
     pub(crate) network: Network,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) identity: NodeIdentity,
@@ -101,7 +101,7 @@ impl Shared {
             membership: parts.membership,
             boot: parts.boot,
             peer_port: parts.peer_port,
-            program: parts.program,
+            qemu: parts.qemu,
             network: parts.network,
             pools: parts.pools,
             reports: Reports::default(),
@@ -197,7 +197,11 @@ impl Shared {
 
     /// Hears a word of another agent; the caller has checked who says it.
     pub(crate) fn hear(self: &Arc<Self>, word: Relay) {
-        let peer = Peer { host: word.from, granted: word.granted, message: word.message };
+        let peer = Peer {
+            host: word.from,
+            granted: word.granted,
+            message: word.message,
+        };
         let known = lock(&self.vms).contains_key(&word.vm) || lock(&self.journal).saved_of(word.vm).is_some();
         // Of a VM of which nothing is known here nothing can be said.
         if known {
@@ -227,8 +231,18 @@ impl Shared {
 
     fn begin(self: &Arc<Self>, task: Task, effects: Vec<task::Effect>) -> Vm {
         let (inputs, queue) = mpsc::channel(INPUTS_MAX);
-        let shown = Arc::new(Shown { observed: Mutex::new(task.observed()), serial: Mutex::new(None) });
-        runner::start(Arc::clone(self), task, effects, queue, inputs.clone(), Arc::clone(&shown));
+        let shown = Arc::new(Shown {
+            observed: Mutex::new(task.observed()),
+            serial: Mutex::new(None),
+        });
+        runner::start(
+            Arc::clone(self),
+            task,
+            effects,
+            queue,
+            inputs.clone(),
+            Arc::clone(&shown),
+        );
         Vm { inputs, shown }
     }
 
@@ -263,7 +277,12 @@ impl Shared {
     pub(crate) fn inventory(&self) -> Vec<VmObserved> {
         let mut all: BTreeMap<VmId, VmObserved> = lock(&self.journal)
             .saved()
-            .map(|saved| (saved.vm, Task::recover(saved.clone(), self.host(), saved.boot).0.observed()))
+            .map(|saved| {
+                (
+                    saved.vm,
+                    Task::recover(saved.clone(), self.host(), saved.boot).0.observed(),
+                )
+            })
             .collect();
         for (&vm, runner) in lock(&self.vms).iter() {
             all.insert(vm, lock(&runner.shown.observed).clone());

@@ -1,6 +1,6 @@
 //! Templates: their blobs are fetched from the controller into a pool, and disks vetted before anything is made from them.
 
-use std::{io::Read as _, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, StatusCode};
@@ -30,7 +30,13 @@ const CONVERT_MAX: Duration = Duration::from_secs(3600);
 
 /// Carries out an order about a template and reports what became of it.
 pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
-    let TemplateOrder { operation, template, pool, verb, .. } = order;
+    let TemplateOrder {
+        operation,
+        template,
+        pool,
+        verb,
+        ..
+    } = order;
     let result = match verb {
         TemplateVerb::Fetch { content } => fetch(shared, operation, pool, content).await.map(Some),
         TemplateVerb::Drop { blobs } => drop_blobs(shared, pool, &blobs).map(|()| None),
@@ -39,7 +45,13 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
         Ok(content) => (None, content),
         Err(reason) => (Some(reason), None),
     };
-    shared.reports.push(Report::Template(TemplateReport { operation, template, pool, refused, content }));
+    shared.reports.push(Report::Template(TemplateReport {
+        operation,
+        template,
+        pool,
+        refused,
+        content,
+    }));
 }
 
 fn named(shared: &Shared, pool: PoolId) -> Result<Arc<NamedPool>, Refusal> {
@@ -58,12 +70,22 @@ async fn fetch(
 ) -> Result<Content, Refusal> {
     let into = named(shared, pool)?;
     for blob in content.blobs().collect::<Vec<_>>() {
-        let progress = Progress { doing: "fetching".to_owned(), remaining_bytes: Some(blob.size_bytes), ..Progress::default() };
+        let progress = Progress {
+            doing: "fetching".to_owned(),
+            remaining_bytes: Some(blob.size_bytes),
+            ..Progress::default()
+        };
         shared.progress(operation, progress);
         fetch_blob(shared, &into, blob).await?;
     }
     if let Some(disk) = content.disk {
-        shared.progress(operation, Progress { doing: "vetting the disk".to_owned(), ..Progress::default() });
+        shared.progress(
+            operation,
+            Progress {
+                doing: "vetting the disk".to_owned(),
+                ..Progress::default()
+            },
+        );
         let converted = tokio::task::spawn_blocking(move || take_in(&into, disk)).await;
         content.disk = Some(converted.map_err(|_| Refusal::new(Code::HostFailed, "vetting the disk broke off"))??);
     }
@@ -72,40 +94,79 @@ async fn fetch(
 
 /// Vets a disk and converts it, so that nothing of a stranger's structure survives. A blob that is our own conversion already stays.
 fn take_in(pool: &NamedPool, disk: Disk) -> Result<Disk, Refusal> {
-    let limits = ImportLimits { virtual_bytes: DISK_BYTES_MAX, output_bytes: DISK_FILE_BYTES_MAX, deadline: CONVERT_MAX };
+    let limits = ImportLimits {
+        virtual_bytes: DISK_BYTES_MAX,
+        output_bytes: DISK_FILE_BYTES_MAX,
+        deadline: CONVERT_MAX,
+    };
     let source = pool.pool.blob_path(disk.blob.digest);
-    let imported = pool.pool.import(&source, disk.format, limits, &mut |_, _| {}).map_err(|error| match error {
-        ImportError::Refused(why) => Refusal::new(Code::InvalidInput, format!("the disk was refused: {why}")),
-        other => Refusal::new(Code::HostFailed, format!("the disk was not taken in: {}", chain(&other))),
-    })?;
+    let imported = pool
+        .pool
+        .import(&source, disk.format, limits, &mut |_, _| {})
+        .map_err(|error| match error {
+            ImportError::Refused(why) => Refusal::new(Code::InvalidInput, format!("the disk was refused: {why}")),
+            other => Refusal::new(
+                Code::HostFailed,
+                format!("the disk was not taken in: {}", chain(&other)),
+            ),
+        })?;
     if imported.blob.digest != disk.blob.digest {
-        pool.pool.delete_blob(disk.blob.digest).map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
+        pool.pool
+            .delete_blob(disk.blob.digest)
+            .map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
     }
-    Ok(Disk { blob: imported.blob, format: Format::Qcow2, size_bytes: imported.virtual_bytes })
+    Ok(Disk {
+        blob: imported.blob,
+        format: Format::Qcow2,
+        size_bytes: imported.virtual_bytes,
+    })
 }
 
 /// Fetches a blob that the pool lacks.
 pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<(), Refusal> {
     let failed = |why: String| {
-        Refusal::new(Code::HostFailed, format!("blob {} was not fetched into pool {}: {why}", blob.digest, pool.name))
+        Refusal::new(
+            Code::HostFailed,
+            format!("blob {} was not fetched into pool {}: {why}", blob.digest, pool.name),
+        )
     };
-    if pool.pool.blob_size(blob.digest).map_err(|error| failed(chain(&error)))? == Some(blob.size_bytes) {
+    if pool
+        .pool
+        .blob_size(blob.digest)
+        .map_err(|error| failed(chain(&error)))?
+        == Some(blob.size_bytes)
+    {
         return Ok(());
     }
-    let mut link = shared.link().ok_or_else(|| failed("the controller is not connected".to_owned()))?;
+    let mut link = shared
+        .link()
+        .ok_or_else(|| failed("the controller is not connected".to_owned()))?;
     let request = Request::get(format!("{BLOBS_PATH}/{}", blob.digest))
         .body(Empty::new().boxed())
         .map_err(|error| failed(error.to_string()))?;
-    let answer = link.send_request(request).await.map_err(|error| failed(error.to_string()))?;
+    let answer = link
+        .send_request(request)
+        .await
+        .map_err(|error| failed(error.to_string()))?;
     if answer.status() != StatusCode::OK {
         return Err(failed(format!("the controller answered {}", answer.status())));
     }
     let (pieces, taken) = mpsc::channel(PIECES_WAITING_MAX);
     let into = Arc::clone(pool);
-    let writer = tokio::task::spawn_blocking(move || into.pool.receive_blob(blob, &mut Pieces { taken, rest: bytes::Bytes::new() }));
+    let writer = tokio::task::spawn_blocking(move || {
+        into.pool.receive_blob(
+            blob,
+            &mut Pieces {
+                taken,
+                rest: bytes::Bytes::new(),
+            },
+        )
+    });
     let mut body = answer.into_body();
     loop {
-        let frame = tokio::time::timeout(SILENCE_MAX, body.frame()).await.map_err(|_| failed("the controller fell silent".to_owned()))?;
+        let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
+            .await
+            .map_err(|_| failed("the controller fell silent".to_owned()))?;
         let Some(frame) = frame else { break };
         if let Ok(bytes) = frame.map_err(|error| failed(error.to_string()))?.into_data()
             && pieces.send(bytes).await.is_err()
@@ -144,7 +205,9 @@ impl std::io::Read for Pieces {
 fn drop_blobs(shared: &Shared, pool: PoolId, blobs: &[Digest]) -> Result<(), Refusal> {
     let from = named(shared, pool)?;
     for digest in blobs {
-        from.pool.delete_blob(*digest).map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
+        from.pool
+            .delete_blob(*digest)
+            .map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
     }
     Ok(())
 }

@@ -72,7 +72,10 @@ impl Tunnel {
     /// Destination: starts a tunnel that listens for the source.
     pub(crate) fn listen(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
         let incoming = config.vm_run_dir(terms.vm).join(INCOMING_SOCKET);
-        let side = Side::Destination { listen: SocketAddr::new(config.address, 0), incoming };
+        let side = Side::Destination {
+            listen: SocketAddr::new(config.address, 0),
+            incoming,
+        };
         Self::start(config, &spec(config, terms, terms.source.0, side), fed)
     }
 
@@ -85,7 +88,11 @@ impl Tunnel {
         fed: mpsc::Sender<Fed>,
     ) -> Result<Self, String> {
         let listen = config.vm_run_dir(terms.vm).join(OUTGOING_SOCKET);
-        let side = Side::Source { listen, owner: Some(uid), peer_address };
+        let side = Side::Source {
+            listen,
+            owner: Some(uid),
+            peer_address,
+        };
         Self::start(config, &spec(config, terms, terms.destination.0, side), fed)
     }
 
@@ -100,14 +107,19 @@ impl Tunnel {
     pub(crate) fn adopt(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
         let directory = directory(config, terms);
         let record = std::fs::read_to_string(directory.join("process")).map_err(|error| error.to_string())?;
-        let numbers = record.split_once(' ').and_then(|(pid, start)| Some((pid.parse().ok()?, start.parse().ok()?)));
+        let numbers = record
+            .split_once(' ')
+            .and_then(|(pid, start)| Some((pid.parse().ok()?, start.parse().ok()?)));
         let (pid, start) = numbers.ok_or("its record is damaged")?;
         let process = tunnel::adopt(pid, start).map_err(|error| chain(&error))?;
         Self::watch(directory, process, fed)
     }
 
     fn watch(directory: PathBuf, process: Running, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
-        let pidfd = process.as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
+        let pidfd = process
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|error| error.to_string())?;
         let changes = changes_of(&directory).map_err(|error| error.to_string())?;
         let ended = tokio::spawn(async move { follow(&directory, pidfd, changes, fed).await });
         Ok(Self { ended, process })
@@ -130,12 +142,19 @@ impl Drop for Tunnel {
 fn changes_of(directory: &Path) -> std::io::Result<AsyncFd<OwnedFd>> {
     let changes = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
     inotify::add_watch(&changes, directory, inotify::WatchFlags::MOVED_TO)?;
-    AsyncFd::with_interest(changes, Interest::READABLE)
+    watched(changes)
+}
+
+/// A descriptor whose readiness the runtime tells.
+#[allow(unsafe_code)]
+fn watched(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the `AsyncFd`, so it stays open and the same for as long as it is registered.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
 }
 
 /// Tells each new phase once, until the process ends.
 async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, fed: mpsc::Sender<Fed>) {
-    let Ok(end) = AsyncFd::with_interest(pidfd, Interest::READABLE) else { return };
+    let Ok(end) = watched(pidfd) else { return };
     let mut told: Option<Phase> = None;
     loop {
         let ended = tokio::select! {
@@ -184,11 +203,13 @@ fn event_of(status: &TunnelStatus, told: Option<Phase>) -> Option<TunnelEvent> {
 
 fn last_event(status: Option<&TunnelStatus>) -> TunnelEvent {
     match status {
-        Some(status) if status.phase != Phase::Failed && status.channels_total > 0 => {
-            TunnelEvent::Closed { wire_bytes: status.sent_bytes + status.received_bytes }
-        }
+        Some(status) if status.phase != Phase::Failed && status.channels_total > 0 => TunnelEvent::Closed {
+            wire_bytes: status.sent_bytes + status.received_bytes,
+        },
         Some(TunnelStatus { error: Some(why), .. }) => TunnelEvent::Failed { reason: why.clone() },
-        _ => TunnelEvent::Failed { reason: "it ended before the migration began".to_owned() },
+        _ => TunnelEvent::Failed {
+            reason: "it ended before the migration began".to_owned(),
+        },
     }
 }
 
