@@ -115,6 +115,12 @@ pub struct Migration {
     /// What the source measured, once it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Receipt>,
+    /// When its guest stood on the source, by that host's wall clock, ms since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_at_ms: Option<i64>,
+    /// When its guest ran on the destination, by that host's wall clock, ms since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_at_ms: Option<i64>,
 }
 
 /// One round of pre-copy.

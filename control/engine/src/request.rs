@@ -1,0 +1,307 @@
+//! Requests: who may ask, what is meant, whether it was asked before; then the verb decides.
+
+use model::{
+    Actor, Code, Command, Host, Millis, Name, Operation, OperationId, OperationKind, OperationState, Outcome, Plan,
+    Refusal, Request, Row, Template, Timestamp, Vm, VmId,
+    change::Answer,
+    name::Reference,
+    operation::{Target, TargetKind},
+};
+use uuid::Uuid;
+
+use crate::{
+    cancel, create, hosts, lifecycle, migration, templates,
+    txn::{Txn, target},
+    world::World,
+};
+
+/// What a request leads to.
+pub(crate) type Decision = Result<Outcome, Box<Refusal>>;
+
+/// Longest idempotency key.
+const KEY_MAX: usize = 255;
+
+/// Decides a request and answers it.
+pub(crate) fn handle(txn: &mut Txn<'_>, request: &Request) {
+    let answer = match admit(txn.world(), request) {
+        Ok(Some(before)) => Ok(Outcome::Operation(Box::new(before))),
+        Ok(None) => decide(txn, request),
+        Err(refusal) => Err(refusal),
+    };
+    debug_assert!(
+        answer.is_ok() || txn.is_untouched(),
+        "a refused request changes nothing"
+    );
+    if let (Ok(Outcome::Operation(operation)), Some(key)) = (&answer, &request.key) {
+        let at = txn.now;
+        let known = txn.world().answers.get(&(request.actor.project, key.key.clone()));
+        txn.put(Row::Answer(Answer {
+            project: request.actor.project,
+            key: key.key.clone(),
+            body_hash: key.body_hash,
+            operation: operation.id,
+            at: known.map_or(at, |answer| answer.at),
+        }));
+    }
+    txn.reply(request.id, answer.map(Box::new));
+}
+
+/// Whether the actor may, and the operation of the same request if it was made before.
+fn admit(world: &World, request: &Request) -> Result<Option<Operation>, Box<Refusal>> {
+    let (actor, needs) = (&request.actor, request.command.needs());
+    if actor.role < needs {
+        let message = format!(
+            "{} may not do this: its role is {:?}, {needs:?} is needed",
+            actor.subject, actor.role
+        );
+        return Err(refuse(Code::Forbidden, message, "use a token with that role"));
+    }
+    if !world.projects.contains_key(&actor.project) {
+        return Err(refuse(
+            Code::NotFound,
+            "the token's project does not exist",
+            "use another token",
+        ));
+    }
+    let Some(key) = request.key.as_ref().filter(|_| !request.dry_run) else {
+        return Ok(None);
+    };
+    if key.key.is_empty() || key.key.len() > KEY_MAX || !key.key.bytes().all(|b| b.is_ascii_graphic()) {
+        let message = "the idempotency key is not 1 to 255 visible ASCII characters";
+        return Err(refuse(Code::InvalidInput, message, "send a random UUID"));
+    }
+    let Some(known) = world.answers.get(&(actor.project, key.key.clone())) else {
+        return Ok(None);
+    };
+    let operation = world.operation(known.operation);
+    match operation {
+        Some(operation) if known.body_hash == key.body_hash => Ok(Some(operation.clone())),
+        Some(_) => Err(refuse(
+            Code::KeyReused,
+            "the idempotency key was used for another request within a day",
+            "send a fresh key with each new request",
+        )),
+        None => Err(refuse(
+            Code::KeyReused,
+            "the idempotency key was used, and what it led to is no longer kept",
+            "look at the thing itself; send a fresh key to ask again",
+        )),
+    }
+}
+
+fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
+    match &request.command {
+        Command::CreateVm(wanted) => create::vm(txn, request, wanted),
+        Command::StartVm(vm) => lifecycle::start(txn, request, vm),
+        Command::StopVm { vm, grace } => lifecycle::stop(txn, request, vm, *grace),
+        Command::KillVm(vm) => lifecycle::kill(txn, request, vm),
+        Command::RebootVm(vm) => lifecycle::reboot(txn, request, vm),
+        Command::PauseVm(vm) => lifecycle::pause(txn, request, vm),
+        Command::ResumeVm(vm) => lifecycle::resume(txn, request, vm),
+        Command::DeleteVm(vm) => lifecycle::delete(txn, request, vm),
+        Command::MigrateVm { vm, to } => migration::request(txn, request, vm, to.as_ref()),
+        Command::CancelOperation(operation) => cancel::operation(txn, request, *operation),
+        Command::AddJoinToken(token) => hosts::add_token(txn, request, token),
+        Command::JoinHost { token, host, name } => hosts::join(txn, request, *token, *host, name),
+        Command::SetSchedulable { host, schedulable } => hosts::set_schedulable(txn, request, host, *schedulable),
+        Command::RemoveHost(host) => hosts::remove(txn, request, host),
+        Command::CreateTemplate { name, content } => templates::create(txn, request, name, content),
+        Command::DeleteTemplate(template) => templates::delete(txn, request, template),
+    }
+}
+
+/// A refusal with a hint, boxed.
+pub(crate) fn refuse(code: Code, message: impl Into<String>, hint: impl Into<String>) -> Box<Refusal> {
+    Box::new(Refusal::new(code, message).hint(hint))
+}
+
+fn not_found(kind: &str, reference: &Reference) -> Box<Refusal> {
+    let message = format!("there is no {kind} {reference} in this project");
+    refuse(
+        Code::NotFound,
+        message,
+        format!("`godwit {kind} list` shows what there is"),
+    )
+}
+
+/// The VM that is meant, in the actor's project.
+pub(crate) fn vm<'w>(world: &'w World, actor: &Actor, reference: &Reference) -> Result<&'w Vm, Box<Refusal>> {
+    let id = match reference {
+        Reference::Id(id) => Some(VmId(*id)),
+        Reference::Name(name) => world.index.vm_names.get(&(actor.project, name.clone())).copied(),
+    };
+    id.and_then(|id| world.vm(id))
+        .filter(|vm| vm.project == actor.project)
+        .ok_or_else(|| not_found("vm", reference))
+}
+
+/// The template that is meant, in the actor's project.
+pub(crate) fn template<'w>(
+    world: &'w World,
+    actor: &Actor,
+    reference: &Reference,
+) -> Result<&'w Template, Box<Refusal>> {
+    let id = match reference {
+        Reference::Id(id) => Some(model::TemplateId(*id)),
+        Reference::Name(name) => world.index.template_names.get(&(actor.project, name.clone())).copied(),
+    };
+    id.and_then(|id| world.template(id))
+        .filter(|template| template.project == actor.project)
+        .ok_or_else(|| not_found("template", reference))
+}
+
+/// The host that is meant.
+pub(crate) fn host<'w>(world: &'w World, reference: &Reference) -> Result<&'w Host, Box<Refusal>> {
+    let id = match reference {
+        Reference::Id(id) => Some(model::HostId(*id)),
+        Reference::Name(name) => world.index.host_names.get(name).copied(),
+    };
+    id.and_then(|id| world.host(id)).ok_or_else(|| {
+        let message = format!("there is no host {reference} in this cell");
+        refuse(Code::NotFound, message, "`godwit host list` shows what there is")
+    })
+}
+
+/// The VM that is meant, if it still has the revision that the client read.
+pub(crate) fn current_vm<'w>(
+    world: &'w World,
+    request: &Request,
+    reference: &Reference,
+) -> Result<&'w Vm, Box<Refusal>> {
+    let vm = vm(world, &request.actor, reference)?;
+    match request.expect {
+        Some(expected) if expected != vm.revision => {
+            let message = format!(
+                "VM {} was changed: its revision is {}, not {expected}",
+                vm.name, vm.revision
+            );
+            Err(refuse(Code::Stale, message, "read it again and decide anew"))
+        }
+        _ => Ok(vm),
+    }
+}
+
+/// Refuses when an operation holds the VM.
+pub(crate) fn free(world: &World, vm: &Vm) -> Result<(), Box<Refusal>> {
+    match vm
+        .operation
+        .and_then(|id| world.operation(id))
+        .filter(|held| !held.state.is_over())
+    {
+        None => Ok(()),
+        Some(held) => {
+            let message = format!("VM {} is held by operation {} {}", vm.name, held.kind.name(), held.id);
+            let hint = format!(
+                "wait for it: `godwit op wait {0}`, or give it up: `godwit op cancel {0}`",
+                held.id
+            );
+            Err(refuse(Code::Busy, message, hint))
+        }
+    }
+}
+
+/// The fresh ids that a request brings, each given once.
+pub(crate) struct Fresh<'r>(std::slice::Iter<'r, Uuid>);
+
+impl<'r> Fresh<'r> {
+    pub(crate) fn of(request: &'r Request) -> Self {
+        Self(request.fresh.iter())
+    }
+
+    pub(crate) fn next<T: From<Uuid>>(&mut self) -> Result<T, Box<Refusal>> {
+        let id = self.0.next().copied();
+        id.map(T::from).ok_or_else(|| {
+            let message = format!("the request brings fewer than {} fresh ids", Request::FRESH);
+            refuse(
+                Code::InvalidInput,
+                message,
+                "send it through the controller's interface",
+            )
+        })
+    }
+
+    /// An operation's id, which no operation has.
+    pub(crate) fn operation(&mut self, world: &World) -> Result<OperationId, Box<Refusal>> {
+        loop {
+            let id: OperationId = self.next()?;
+            if !world.operations.contains_key(&id) {
+                return Ok(id);
+            }
+        }
+    }
+}
+
+/// An operation that begins now.
+pub(crate) fn begun(
+    request: &Request,
+    id: OperationId,
+    kind: OperationKind,
+    target: Target,
+    now: Timestamp,
+    allowed: Millis,
+) -> Operation {
+    Operation {
+        id,
+        project: request.actor.project,
+        subject: request.actor.subject.clone(),
+        kind,
+        target,
+        state: OperationState::Running,
+        created_at: now,
+        finished_at: None,
+        ends_by: now.after(allowed),
+    }
+}
+
+/// A VM as a target.
+pub(crate) fn vm_target(vm: &Vm) -> Target {
+    target(TargetKind::Vm, vm.id.0, &vm.name)
+}
+
+/// Records an operation that had nothing to do, or was done at once.
+pub(crate) fn done(
+    txn: &mut Txn<'_>,
+    request: &Request,
+    id: OperationId,
+    kind: OperationKind,
+    target: Target,
+) -> Decision {
+    let mut operation = begun(request, id, kind, target, txn.now, Millis(0));
+    operation.state = OperationState::Succeeded;
+    operation.finished_at = Some(txn.now);
+    txn.begin_operation(operation.clone());
+    Ok(Outcome::Operation(Box::new(operation)))
+}
+
+/// The outcome of an operation that was begun, as it is now.
+pub(crate) fn outcome(txn: &Txn<'_>, id: OperationId) -> Decision {
+    let operation = txn.world().operation(id).cloned();
+    let operation = operation.expect("an operation that was begun in this step is there");
+    Ok(Outcome::Operation(Box::new(operation)))
+}
+
+/// The plan of a verb that places nothing: it is legal, and the VM stays where it is.
+pub(crate) fn stays(world: &World, vm: &Vm) -> Decision {
+    let host = vm.status.host.and_then(|id| world.host(id));
+    Ok(Outcome::Plan(Plan {
+        vm: Some(vm.id),
+        host: host.map(|host| host.id),
+        host_name: host.map(|host| host.name.clone()),
+        hosts: Vec::new(),
+    }))
+}
+
+/// A name that is free in an index: the wish, or with the lowest suffix from 2 that is free.
+pub(crate) fn unique(wish: &Name, taken: impl Fn(&Name) -> bool) -> Name {
+    if !taken(wish) {
+        return wish.clone();
+    }
+    (2u64..)
+        .filter_map(|n| {
+            let suffix = format!("-{n}");
+            let stem: String = wish.as_str().chars().take(63 - suffix.len()).collect();
+            format!("{}{suffix}", stem.trim_end_matches('-')).parse().ok()
+        })
+        .find(|name| !taken(name))
+        .expect("one of all suffixes is free")
+}

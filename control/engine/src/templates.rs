@@ -1,0 +1,312 @@
+//! Templates: a host fetches and vets their blobs; they go when no VM is made from them. A ready template is in one pool.
+
+use model::{
+    Code, HostId, Key, Millis, Name, Operation, OperationId, OperationKind, OperationState, Order, Outcome, PoolId,
+    Refusal, Request, Row, Template, TemplateId, VmId,
+    name::Reference,
+    operation::TargetKind,
+    order::{Subject, TemplateOrder, TemplateReport, TemplateVerb},
+    storage::Digest,
+    template::{Boot, Content, TemplateState},
+};
+
+use crate::{
+    lifecycle,
+    request::{self, Decision, Fresh, refuse},
+    txn::{Txn, target},
+    world::World,
+};
+
+/// How long fetching and vetting may take.
+const IMPORT_MAX: Millis = Millis::seconds(1800);
+/// How long dropping blobs may take.
+const DROP_MAX: Millis = Millis::seconds(120);
+/// Longest kernel command line, bytes: Linux takes 2048, and Godwit appends its own words.
+const CMDLINE_MAX: usize = 1536;
+/// Largest blob or disk, bytes.
+const BYTES_MAX: u64 = 64 << 40;
+/// Most memory that a template may ask for, MiB.
+const MEMORY_MAX_MIB: u64 = 1 << 20;
+
+/// Makes a template: a connected host with the most shared pool fetches its blobs.
+pub(crate) fn create(txn: &mut Txn<'_>, request: &Request, name: &Name, content: &Content) -> Decision {
+    let world = txn.world();
+    let project = request.actor.project;
+    if world.index.template_names.contains_key(&(project, name.clone())) {
+        let message = format!("there is a template {name} in this project already");
+        return Err(refuse(
+            Code::NameTaken,
+            message,
+            "choose another name, or delete that one",
+        ));
+    }
+    vet(name, content)?;
+    let (host, pool) = importer(world).ok_or_else(|| {
+        let message = format!("template {name} cannot be imported: no connected host sees a pool");
+        refuse(
+            Code::HostUnreachable,
+            message,
+            "let a host join: `godwit host add-token`",
+        )
+    })?;
+    if request.dry_run {
+        return Ok(Outcome::Done);
+    }
+    let mut fresh = Fresh::of(request);
+    let operation = fresh.operation(world)?;
+    let id: TemplateId = fresh.next()?;
+    if world.templates.contains_key(&id) {
+        return Err(refuse(
+            Code::InvalidInput,
+            "the request's fresh ids are not fresh",
+            "send it again",
+        ));
+    }
+    txn.put(Row::Template(Box::new(Template {
+        id,
+        project,
+        name: name.clone(),
+        content: content.clone(),
+        state: TemplateState::Importing,
+        created_at: txn.now,
+    })));
+    txn.notice_template(id, "template.importing", String::new());
+    let target = target(TargetKind::Template, id.0, name);
+    let begun = request::begun(
+        request,
+        operation,
+        OperationKind::ImportTemplate,
+        target,
+        txn.now,
+        IMPORT_MAX,
+    );
+    txn.begin_operation(begun);
+    let content = content.clone();
+    order(txn, host, operation, id, pool, TemplateVerb::Fetch { content });
+    request::outcome(txn, operation)
+}
+
+fn vet(name: &Name, content: &Content) -> Result<(), Box<Refusal>> {
+    let invalid = |what: &str, hint: &str| Err(refuse(Code::InvalidInput, format!("template {name}: {what}"), hint));
+    if let Boot::Direct { cmdline, .. } = &content.boot
+        && (cmdline.len() > CMDLINE_MAX || !cmdline.bytes().all(|byte| (0x20..0x7f).contains(&byte)))
+    {
+        return invalid(
+            "the kernel command line is not plain text of at most 1536 bytes",
+            "shorten it",
+        );
+    }
+    if content.boot == Boot::Bios && content.disk.is_none() {
+        return invalid("it has neither a kernel nor a disk", "give it a disk to start from");
+    }
+    if content
+        .blobs()
+        .any(|blob| blob.size_bytes == 0 || blob.size_bytes > BYTES_MAX)
+    {
+        return invalid("a blob is empty or larger than 64 TiB", "look at the files");
+    }
+    if content
+        .disk
+        .is_some_and(|disk| disk.size_bytes == 0 || disk.size_bytes > BYTES_MAX)
+    {
+        return invalid("its disk is empty or larger than 64 TiB", "look at the image");
+    }
+    if content.memory_mib_min > MEMORY_MAX_MIB {
+        return invalid("it asks for more than 1 TiB of memory", "lower the least memory");
+    }
+    Ok(())
+}
+
+/// The connected host with the most shared pool. Equal ones: the lowest ids.
+fn importer(world: &World) -> Option<(HostId, PoolId)> {
+    let up = |pool: &model::Pool| pool.hosts.iter().copied().find(|host| lifecycle::is_up(world, *host));
+    let usable = world.pools.values().filter_map(|pool| Some((up(pool)?, pool)));
+    let widest = usable.max_by_key(|(_, pool)| (pool.hosts.len(), std::cmp::Reverse(pool.id)));
+    widest.map(|(host, pool)| (host, pool.id))
+}
+
+fn order(
+    txn: &mut Txn<'_>,
+    host: HostId,
+    operation: OperationId,
+    template: TemplateId,
+    pool: PoolId,
+    verb: TemplateVerb,
+) {
+    let epoch = txn.transient().epoch;
+    let order = TemplateOrder {
+        epoch,
+        operation,
+        template,
+        pool,
+        verb,
+    };
+    txn.send_kept(host, Order::Template(order));
+}
+
+/// Deletes a template from which no VM is made, and its blobs that no other has.
+pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference) -> Decision {
+    let world = txn.world();
+    let template = request::template(world, &request.actor, reference)?;
+    let (id, name) = (template.id, template.name.clone());
+    let of = world.index.of_template.range((id, VmId(crate::world::uuid_min()))..);
+    let mut of = of.take_while(|(of, _)| *of == id);
+    if let Some(vm) = of.next().and_then(|(_, vm)| world.vm(*vm)) {
+        let message = format!("template {name} is in use: VM {} is made from it", vm.name);
+        return Err(refuse(Code::WrongState, message, "delete its VMs first"));
+    }
+    let running = world
+        .index
+        .running
+        .range((TargetKind::Template, id.0, OperationId(crate::world::uuid_min()))..);
+    if let Some((.., held)) = running
+        .take(1)
+        .find(|(kind, of, _)| *kind == TargetKind::Template && *of == id.0)
+    {
+        let message = format!("template {name} is held by operation {held}");
+        return Err(refuse(
+            Code::Busy,
+            message,
+            format!("wait for it: `godwit op wait {held}`"),
+        ));
+    }
+    let place = dropper(world, template)?;
+    if request.dry_run {
+        return Ok(Outcome::Done);
+    }
+    let operation = Fresh::of(request).operation(world)?;
+    let target = target(TargetKind::Template, id.0, &name);
+    let blobs = own_blobs(world, template);
+    let Some((host, pool)) = place.filter(|_| !blobs.is_empty()) else {
+        txn.notice_template(id, "template.deleted", String::new());
+        txn.delete(Key::Template(id));
+        return request::done(txn, request, operation, OperationKind::DeleteTemplate, target);
+    };
+    txn.edit_template(id, |template| template.state = TemplateState::Deleting);
+    txn.notice_template(id, "template.deleting", String::new());
+    let begun = request::begun(
+        request,
+        operation,
+        OperationKind::DeleteTemplate,
+        target,
+        txn.now,
+        DROP_MAX,
+    );
+    txn.begin_operation(begun);
+    order(txn, host, operation, id, pool, TemplateVerb::Drop { blobs });
+    request::outcome(txn, operation)
+}
+
+/// The host that drops the blobs, and the pool; `None` when none are anywhere.
+fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)>, Box<Refusal>> {
+    let TemplateState::Ready { pools } = &template.state else {
+        return Ok(None);
+    };
+    let Some(pool) = pools.first().and_then(|id| world.pools.get(id)) else {
+        return Ok(None);
+    };
+    let host = pool.hosts.iter().copied().find(|host| lifecycle::is_up(world, *host));
+    host.map(|host| Some((host, pool.id))).ok_or_else(|| {
+        let message = format!("template {}: no connected host sees pool {}", template.name, pool.name);
+        refuse(
+            Code::HostUnreachable,
+            message,
+            "let a host of that pool connect, then ask again",
+        )
+    })
+}
+
+/// Blobs that no other template has.
+fn own_blobs(world: &World, template: &Template) -> Vec<Digest> {
+    let others = world.templates.values().filter(|other| other.id != template.id);
+    let kept: std::collections::BTreeSet<Digest> = others
+        .flat_map(|other| other.content.blobs())
+        .map(|blob| blob.digest)
+        .collect();
+    let mut own: Vec<Digest> = template.content.blobs().map(|blob| blob.digest).collect();
+    own.retain(|digest| !kept.contains(digest));
+    own.sort_unstable();
+    own.dedup();
+    own
+}
+
+/// The order about a template that a host has not answered.
+fn waiting(world: &World, host: HostId, template: TemplateId) -> Option<&TemplateOrder> {
+    let row = world.outbox.get(&(host, Subject::Template(template)))?;
+    match &row.order {
+        Order::Template(order) => Some(order),
+        _ => None,
+    }
+}
+
+/// What became of an order about a template. Counts only from the host that was ordered.
+pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
+    let order = waiting(txn.world(), host, report.template);
+    let Some(order) = order
+        .filter(|order| order.operation == report.operation && order.pool == report.pool)
+        .cloned()
+    else {
+        return;
+    };
+    let id = report.template;
+    txn.delete(Key::Outbox(host, Subject::Template(id)));
+    match (&order.verb, &report.refused) {
+        (TemplateVerb::Fetch { .. }, None) => {
+            let pools = vec![report.pool];
+            txn.edit_template(id, |template| template.state = TemplateState::Ready { pools });
+            txn.notice_template(id, "template.ready", String::new());
+            txn.finish(order.operation, OperationState::Succeeded);
+        }
+        (TemplateVerb::Drop { .. }, None) => {
+            txn.notice_template(id, "template.deleted", String::new());
+            txn.delete(Key::Template(id));
+            txn.finish(order.operation, OperationState::Succeeded);
+        }
+        (_, Some(reason)) => failed(txn, id, order.operation, reason.clone()),
+    }
+}
+
+fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, reason: Refusal) {
+    let state = TemplateState::Failed { reason: reason.clone() };
+    txn.edit_template(id, |template| template.state = state);
+    txn.notice_template(id, "template.failed", reason.message.clone());
+    txn.fail(operation, reason);
+}
+
+/// The operation of a template is out of time: its order is taken back.
+pub(crate) fn expire(txn: &mut Txn<'_>, operation: &Operation) {
+    let id = TemplateId(operation.target.id);
+    let world = txn.world();
+    let host = world
+        .hosts
+        .keys()
+        .copied()
+        .find(|host| waiting(world, *host, id).is_some_and(|order| order.operation == operation.id));
+    let by = host.map_or_else(|| "its host".to_owned(), |host| lifecycle::host_name(world, host));
+    if let Some(host) = host {
+        txn.delete(Key::Outbox(host, Subject::Template(id)));
+    }
+    let message = format!(
+        "{} of template {}: {by} did not finish in time",
+        operation.kind.name(),
+        operation.target.name
+    );
+    let hint = format!(
+        "look at that host; `godwit template delete {}`, then import it again",
+        operation.target.name
+    );
+    failed(txn, id, operation.id, Refusal::new(Code::TimedOut, message).hint(hint));
+}
+
+/// Names of the templates about which a host has an order.
+pub(crate) fn imports_of(world: &World, host: HostId) -> Vec<Name> {
+    let rows = world
+        .outbox
+        .range((host, Subject::Template(TemplateId(crate::world::uuid_min())))..);
+    let rows = rows.take_while(|((of, _), _)| *of == host);
+    rows.filter_map(|((_, subject), _)| match subject {
+        Subject::Template(id) => world.template(*id).map(|template| template.name.clone()),
+        Subject::Vm(_) => None,
+    })
+    .collect()
+}
