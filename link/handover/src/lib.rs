@@ -29,7 +29,7 @@
 //! - Every message may be lost, repeated or late; every step may be the last before a crash.
 //! - No step needs the controller, nor an fsync: a host that loses power runs no guest, and its boot id tells.
 //!
-//! Source of the traps that shaped it: docs/adr/0020-hand-over.md.
+//! Source of the traps that shaped it: docs/adr/0014-hand-over.md.
 
 mod arbiter;
 mod destination;
