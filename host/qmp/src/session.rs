@@ -83,6 +83,11 @@ impl Events {
         self.queue.recv().await
     }
 
+    /// The next event that has come already. After an answer, this gives all that QEMU reported before it.
+    pub fn try_recv(&mut self) -> Option<Event> {
+        self.queue.try_recv().ok()
+    }
+
     /// How many inessential events were dropped because this reader was slow.
     #[must_use]
     pub fn dropped(&self) -> u64 {

@@ -41,6 +41,7 @@ fn start(directory: &Path) -> (Child, PathBuf) {
 }
 
 #[tokio::test]
+// tidy: long because one QEMU is asked every query in turn
 async fn every_query_is_answered_by_the_real_qemu() {
     let directory = tempfile::tempdir().unwrap();
     let (mut child, socket) = start(directory.path());

@@ -73,6 +73,7 @@ fn until(spec: &TunnelSpec, wanted: impl Fn(&TunnelStatus) -> bool) -> TunnelSta
             Ok(status) if wanted(&status) => return status,
             status => assert!(Instant::now() < deadline, "status {status:?}"),
         }
+        // tidy: sleep because the status is another process's file; the agent itself watches it by inotify
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -384,7 +385,6 @@ fn a_qemu_that_dies_is_seen_by_the_other_at_once() {
 
 /// Not a test: the tunnel process of the tests below, started with the specification's path in the environment.
 #[test]
-#[ignore = "is run by the tests that need a tunnel in its own process"]
 fn tunnel_process() {
     if let Some(spec) = std::env::var_os("GODWIT_TEST_TUNNEL_SPEC") {
         super::main(Path::new(&spec)).unwrap();
@@ -397,7 +397,7 @@ fn tunnel_program(dir: &Path) -> PathBuf {
     let program = dir.join("program");
     let me = std::env::current_exe().unwrap();
     let text = format!(
-        "#!/bin/sh\nGODWIT_TEST_TUNNEL_SPEC=\"$3\" exec '{}' --exact tunnel::tests::tunnel_process --ignored\n",
+        "#!/bin/sh\nGODWIT_TEST_TUNNEL_SPEC=\"$3\" exec '{}' --exact tunnel::tests::tunnel_process\n",
         me.display()
     );
     std::fs::write(&program, text).unwrap();
