@@ -11,18 +11,20 @@ use std::{
 use futures_util::TryStreamExt as _;
 use model::{Epoch, Row, id::Sequence};
 use sqlx::{
-    Connection as _, Row as _, SqliteConnection,
+    ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
 
 use crate::{
     LoadError, Loaded, OpenError,
     schema::{self, BODY_VERSION},
-    table::Table,
+    table::{CHUNKS, Table},
 };
 
 const DATABASE_FILE: &str = "cell.sqlite";
 const LOCK_FILE: &str = "cell.lock";
+/// Prepared statements kept: those for each table and chunk, and the few others.
+const STATEMENTS_MAX: usize = 2 * Table::ALL.len() * CHUNKS.len() + 16;
 /// How long a connection waits for another one of this process; nothing else has the database open.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -113,6 +115,8 @@ fn options(path: &PathBuf) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
+        .statement_cache_capacity(STATEMENTS_MAX)
+        .disable_statement_logging()
 }
 
 /// What SQLite says of a file that is no database, or a broken one, told apart from other failures.

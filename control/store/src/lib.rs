@@ -154,6 +154,15 @@ impl Store {
         self.writer.lock().await.commit(batch).await
     }
 
+    /// Reads the world as it is stored, without writing anything: for reads while the disk is full.
+    ///
+    /// # Errors
+    /// [`LoadError`].
+    pub async fn load(&self) -> Result<Loaded, LoadError> {
+        let epoch = self.writer.lock().await.epoch;
+        database::load(&mut *self.reader.lock().await, epoch).await
+    }
+
     /// Reads the world as it is stored, after a failed commit; ends the read-only state when the disk can be written again.
     ///
     /// # Errors

@@ -11,6 +11,9 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::schema::BODY_VERSION;
 
+/// How many rows one statement may carry, the largest first: each statement costs a visit to the database's thread.
+pub(crate) const CHUNKS: [usize; 4] = [64, 16, 4, 1];
+
 /// A value of a column.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Value {
@@ -90,6 +93,7 @@ impl Table {
         Self::Notice,
     ];
 
+    // tidy: long because it is the list of all tables.
     const fn definition(self) -> Definition {
         use Replace::{Always, Never, When};
         let id: &[&str] = &["id"];
@@ -174,16 +178,24 @@ impl Table {
         self.definition().name
     }
 
-    /// Inserts or replaces one row; changes no row when it may not be replaced.
-    pub(crate) fn upsert(self) -> &'static str {
-        static SQL: LazyLock<Vec<String>> = LazyLock::new(|| Table::ALL.map(upsert_sql).to_vec());
-        &SQL[self as usize]
+    /// Inserts or replaces [`CHUNKS`]`[chunk]` rows; leaves those that may not be replaced as they are.
+    pub(crate) fn upsert(self, chunk: usize) -> &'static str {
+        static SQL: LazyLock<Vec<[String; CHUNKS.len()]>> = LazyLock::new(|| {
+            Table::ALL
+                .map(|table| CHUNKS.map(|rows| upsert_sql(table, rows)))
+                .to_vec()
+        });
+        &SQL[self as usize][chunk]
     }
 
-    /// Deletes one row by its key.
-    pub(crate) fn delete(self) -> &'static str {
-        static SQL: LazyLock<Vec<String>> = LazyLock::new(|| Table::ALL.map(delete_sql).to_vec());
-        &SQL[self as usize]
+    /// Deletes [`CHUNKS`]`[chunk]` rows by their keys.
+    pub(crate) fn delete(self, chunk: usize) -> &'static str {
+        static SQL: LazyLock<Vec<[String; CHUNKS.len()]>> = LazyLock::new(|| {
+            Table::ALL
+                .map(|table| CHUNKS.map(|rows| delete_sql(table, rows)))
+                .to_vec()
+        });
+        &SQL[self as usize][chunk]
     }
 
     /// Reads the rows that belong to the loaded world; `None` for those that do not.
@@ -231,7 +243,7 @@ impl Table {
     }
 }
 
-fn upsert_sql(table: Table) -> String {
+fn upsert_sql(table: Table, rows: usize) -> String {
     let Definition {
         name,
         key,
@@ -241,8 +253,11 @@ fn upsert_sql(table: Table) -> String {
     let mut all = key.to_vec();
     all.extend(columns);
     all.extend(["body_version", "body"]);
-    let places: Vec<String> = (1..=all.len()).map(|place| format!("${place}")).collect();
-    let insert = format!("INSERT INTO {name} ({}) VALUES ({})", all.join(", "), places.join(", "));
+    let insert = format!(
+        "INSERT INTO {name} ({}) VALUES {}",
+        all.join(", "),
+        places(rows, all.len())
+    );
     let set: Vec<String> = all[key.len()..]
         .iter()
         .map(|column| format!("{column} = excluded.{column}"))
@@ -255,14 +270,27 @@ fn upsert_sql(table: Table) -> String {
     }
 }
 
-fn delete_sql(table: Table) -> String {
+/// Alternatives, not `IN (VALUES ...)`: SQLite reads the whole table for that when the key has two columns.
+fn delete_sql(table: Table, rows: usize) -> String {
     let Definition { name, key, .. } = table.definition();
-    let conditions: Vec<String> = key
-        .iter()
-        .zip(1..)
-        .map(|(column, place)| format!("{column} = ${place}"))
-        .collect();
-    format!("DELETE FROM {name} WHERE {}", conditions.join(" AND "))
+    let row = |row: usize| {
+        let columns = key.iter().zip(row * key.len() + 1..);
+        let conditions: Vec<String> = columns.map(|(column, place)| format!("{column} = ${place}")).collect();
+        format!("({})", conditions.join(" AND "))
+    };
+    let alternatives: Vec<String> = (0..rows).map(row).collect();
+    format!("DELETE FROM {name} WHERE {}", alternatives.join(" OR "))
+}
+
+/// `($1, $2), ($3, $4)`.
+fn places(rows: usize, columns: usize) -> String {
+    let row = |row: usize| {
+        let of_row: Vec<String> = (1..=columns)
+            .map(|column| format!("${}", row * columns + column))
+            .collect();
+        format!("({})", of_row.join(", "))
+    };
+    (0..rows).map(row).collect::<Vec<_>>().join(", ")
 }
 
 /// A change's key: its table and the values of its key columns.
@@ -434,6 +462,8 @@ fn hex(bytes: &[u8; 32]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
+
     use super::*;
 
     #[test]
@@ -445,17 +475,34 @@ mod tests {
 
     #[test]
     fn statements_use_only_what_postgresql_understands_too() {
+        let last = CHUNKS.len() - 1;
         assert_eq!(
-            Table::Notice.upsert(),
+            Table::Notice.upsert(last),
             "INSERT INTO notice (sequence, project_id, body_version, body) VALUES ($1, $2, $3, $4) \
              ON CONFLICT (sequence) DO NOTHING"
         );
         assert_eq!(
-            Table::Outbox.delete(),
-            "DELETE FROM outbox WHERE host_id = $1 AND subject = $2"
+            delete_sql(Table::Outbox, 2),
+            "DELETE FROM outbox WHERE (host_id = $1 AND subject = $2) OR (host_id = $3 AND subject = $4)"
         );
         for table in Table::ALL {
-            assert!(!table.upsert().contains("OR REPLACE") && !table.upsert().contains('?'));
+            assert!(!table.upsert(0).contains("OR REPLACE") && !table.upsert(0).contains('?'));
+        }
+    }
+
+    #[tokio::test]
+    async fn no_deletion_but_a_projects_reads_a_whole_table() {
+        let mut database = SqliteConnection::connect(":memory:").await.unwrap();
+        crate::schema::upgrade(&mut database).await.unwrap();
+        // A project's deletion is rare: looking whether ports or volumes are left is not worth two more indexes to write.
+        for table in Table::ALL.into_iter().filter(|table| *table != Table::Project) {
+            for chunk in 0..CHUNKS.len() {
+                let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {}", table.delete(chunk)));
+                let plan = sqlx::query(explain).fetch_all(&mut database).await.unwrap();
+                let steps: Vec<String> = plan.iter().map(|step| step.get("detail")).collect();
+                let scan = steps.iter().find(|step| step.contains("SCAN"));
+                assert_eq!(scan, None, "{table:?}");
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The one writer: a batch of changes is one transaction, whole or not at all.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
 };
 
@@ -12,7 +12,7 @@ use crate::{
     CommitError, CommitSeq, Retention,
     database::unsigned,
     error::{Meaning, meaning},
-    table::{self, EncodeError, Record, Table, Value},
+    table::{self, CHUNKS, EncodeError, Record, Table, Value},
 };
 
 /// After so many rows of the bounded tables the surplus is removed; until then they are over their bound by no more.
@@ -32,8 +32,8 @@ pub(crate) struct Writer {
 
 /// A batch in the form in which it is written.
 struct Prepared {
-    deletes: Vec<(Table, Vec<Value>)>,
-    puts: Vec<Record>,
+    deletes: BTreeMap<Table, Vec<Vec<Value>>>,
+    puts: BTreeMap<Table, Vec<Vec<Value>>>,
     bounded: usize,
 }
 
@@ -78,26 +78,76 @@ impl Writer {
         // Dropped before its commit, by an error or by a caller that goes away, it rolls back.
         let mut transaction = self.connection.begin_with("BEGIN IMMEDIATE").await?;
         let sequence = advance(&mut transaction, self.epoch).await?;
-        for (table, key) in &prepared.deletes {
-            bind(sqlx::query(table.delete()), key)
-                .execute(&mut *transaction)
-                .await?;
+        for (table, keys) in &prepared.deletes {
+            for (chunk, keys) in chunks(keys) {
+                bind(sqlx::query(table.delete(chunk)), keys)
+                    .execute(&mut *transaction)
+                    .await?;
+            }
         }
-        for record in &prepared.puts {
-            let done = bind(sqlx::query(record.table.upsert()), &record.values)
-                .execute(&mut *transaction)
-                .await?;
-            if done.rows_affected() != 1 {
-                let key = record.values.first().map(describe).unwrap_or_default();
-                return Err(Failure::Refused(CommitError::Stale {
-                    table: record.table.name(),
-                    key,
-                }));
+        for (table, rows) in &prepared.puts {
+            for (chunk, rows) in chunks(rows) {
+                let done = bind(sqlx::query(table.upsert(chunk)), rows)
+                    .execute(&mut *transaction)
+                    .await?;
+                if done.rows_affected() != CHUNKS[chunk] as u64 {
+                    transaction.rollback().await?;
+                    return Err(self.blame(prepared).await?);
+                }
             }
         }
         transaction.commit().await?;
         Ok(sequence)
     }
+
+    /// Finds the row that may not be replaced, by writing the batch row by row; nothing of it stays.
+    async fn blame(&mut self, prepared: &Prepared) -> Result<Failure, sqlx::Error> {
+        const SINGLE: usize = CHUNKS.len() - 1;
+        let mut transaction = self.connection.begin_with("BEGIN IMMEDIATE").await?;
+        for (table, keys) in &prepared.deletes {
+            for key in keys {
+                let key = std::slice::from_ref(key);
+                bind(sqlx::query(table.delete(SINGLE)), key)
+                    .execute(&mut *transaction)
+                    .await?;
+            }
+        }
+        let stale = |table: Table, row: Option<&Vec<Value>>| {
+            let key = row.and_then(|row| row.first()).map(describe).unwrap_or_default();
+            Failure::Refused(CommitError::Stale {
+                table: table.name(),
+                key,
+            })
+        };
+        for (table, rows) in &prepared.puts {
+            for row in rows {
+                let one = std::slice::from_ref(row);
+                let done = bind(sqlx::query(table.upsert(SINGLE)), one)
+                    .execute(&mut *transaction)
+                    .await?;
+                if done.rows_affected() != 1 {
+                    transaction.rollback().await?;
+                    return Ok(stale(*table, Some(row)));
+                }
+            }
+        }
+        transaction.rollback().await?;
+        let (table, rows) = prepared
+            .puts
+            .first_key_value()
+            .map_or((Table::Vm, None), |(table, rows)| (*table, rows.first()));
+        Ok(stale(table, rows))
+    }
+}
+
+/// Cuts rows into pieces that statements exist for, the largest first; each with its place in [`CHUNKS`].
+fn chunks(mut rows: &[Vec<Value>]) -> impl Iterator<Item = (usize, &[Vec<Value>])> {
+    std::iter::from_fn(move || {
+        let chunk = CHUNKS.iter().position(|size| *size <= rows.len())?;
+        let (now, later) = rows.split_at(CHUNKS[chunk]);
+        rows = later;
+        Some((chunk, now))
+    })
 }
 
 enum Failure {
@@ -159,8 +209,8 @@ fn prepare(batch: Vec<Change>) -> Result<Prepared, CommitError> {
         keys.push(key);
     }
     let mut prepared = Prepared {
-        deletes: Vec::new(),
-        puts: Vec::with_capacity(batch.len()),
+        deletes: BTreeMap::new(),
+        puts: BTreeMap::new(),
         bounded: 0,
     };
     for (at, (change, key)) in batch.iter().zip(keys).enumerate() {
@@ -168,12 +218,12 @@ fn prepare(batch: Vec<Change>) -> Result<Prepared, CommitError> {
             continue;
         }
         match change {
-            Change::Delete(_) => prepared.deletes.push(key),
+            Change::Delete(_) => prepared.deletes.entry(key.0).or_default().push(key.1),
             Change::Put(row) => {
                 prepared.bounded += usize::from(is_bounded(row));
-                prepared
-                    .puts
-                    .push(table::record(row).map_err(|source| encode_error(change, source))?);
+                let record = table::record(row).map_err(|source| encode_error(change, source))?;
+                let Record { table, values } = record;
+                prepared.puts.entry(table).or_default().push(values);
             }
         }
     }
@@ -206,8 +256,11 @@ fn is_bounded(row: &Row) -> bool {
     }
 }
 
-fn bind<'q>(mut query: Query<'q, Sqlite, SqliteArguments>, values: &'q [Value]) -> Query<'q, Sqlite, SqliteArguments> {
-    for value in values {
+fn bind<'q>(
+    mut query: Query<'q, Sqlite, SqliteArguments>,
+    rows: &'q [Vec<Value>],
+) -> Query<'q, Sqlite, SqliteArguments> {
+    for value in rows.iter().flatten() {
         query = match value {
             Value::Text(text) => query.bind(text.as_str()),
             Value::Number(number) => query.bind(number),

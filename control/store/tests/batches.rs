@@ -107,6 +107,33 @@ async fn a_vm_never_goes_back_to_an_older_generation_or_revision_and_the_batch_l
 }
 
 #[tokio::test]
+async fn the_one_stale_row_of_a_large_batch_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = with_world(dir.path()).await;
+    let mut newer = vm(0x100);
+    newer.revision = Revision(5);
+    store.commit(put([Row::Vm(Box::new(newer))])).await.unwrap();
+    let mut batch: Vec<Row> = (2..150).flat_map(|n| creation(n << 8, n as u64)).collect();
+    batch.insert(500, Row::Vm(Box::new(vm(0x100))));
+    match refused(&store, put(batch.clone())).await {
+        CommitError::Stale { table: "vm", key } => assert_eq!(key, uuid(0x100).to_string()),
+        other => panic!("{other}"),
+    }
+    batch.remove(500);
+    store.commit(put(batch)).await.unwrap();
+    let orders: Vec<Change> = (2..150).map(|n| Change::Delete(order(n << 8, 1).key())).collect();
+    store.commit(orders).await.unwrap();
+    let left = store.reload().await.unwrap().rows;
+    assert_eq!(
+        left.iter()
+            .filter(|row| matches!(row, Row::Outbox(_)))
+            .collect::<Vec<_>>(),
+        [&order(0x100, 1)]
+    );
+    assert_eq!(left.iter().filter(|row| matches!(row, Row::Vm(_))).count(), 149);
+}
+
+#[tokio::test]
 async fn names_macs_and_addresses_are_unique_and_references_lead_somewhere() {
     let dir = tempfile::tempdir().unwrap();
     let store = with_world(dir.path()).await;

@@ -321,22 +321,3 @@ async fn a_store_of_schema_1_opens_with_all_its_rows() {
     );
     store.commit(put(creation(0x200, 2))).await.unwrap();
 }
-
-/// Writes the fixture of the current schema. Run by hand when a schema is released; released ones are never written again.
-#[tokio::test]
-#[ignore = "writes a file of the repository"]
-async fn write_fixture() {
-    let dir = tempfile::tempdir().unwrap();
-    let (store, _) = Store::open(dir.path()).await.unwrap();
-    store.commit(put(world())).await.unwrap();
-    drop(store);
-    let path = dir.path().join("cell.sqlite");
-    let mut raw = SqliteConnection::connect(path.to_str().unwrap()).await.unwrap();
-    sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
-        .fetch_all(&mut raw)
-        .await
-        .unwrap();
-    raw.close().await.unwrap();
-    fs::create_dir_all(Path::new(FIXTURE).parent().unwrap()).unwrap();
-    fs::copy(&path, FIXTURE).unwrap();
-}
