@@ -35,7 +35,7 @@ pub struct Verdict {
 
 /// One run of the probe's guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trial {
+pub(crate) enum Trial {
     /// It finished, with the right result.
     Right {
         /// From the start of QEMU to its end.

@@ -1,0 +1,287 @@
+//! The argument vector of a VM, from its stored definition alone.
+//!
+//! All that shapes what the guest sees comes from [`model::layout::Layout`], which is fixed for the VM's life; what this file adds
+//! to it is tied to [`Layout::VERSION`]. Changing either under a running VM breaks its migration: a new form needs a new version.
+//!
+//! QEMU opens no path but its own firmware: everything comes as a descriptor that it inherits.
+
+use std::fmt::Write as _;
+use std::os::fd::RawFd;
+
+use driver::Mode;
+use model::Definition;
+use model::host::Accelerator;
+use model::layout::{Device, DeviceKind, Family, Layout};
+use model::order::{PortUse, VolumeUse};
+use model::template::Boot;
+use serde_json::{Value, json};
+
+use crate::capability::SANDBOX;
+
+/// What of a definition cannot be built.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ArgvError {
+    /// It was written by a newer Godwit.
+    #[error("the VM's hardware is recorded in form {0}, and this agent knows form {known}: upgrade it", known = Layout::VERSION)]
+    Version(u16),
+    /// A word that QEMU would take for something else.
+    #[error("{field} {value:?} is no name of QEMU's")]
+    Word {
+        /// Which.
+        field: &'static str,
+        /// The word.
+        value: String,
+    },
+    /// The layout has a device whose port or volume the definition lacks, or the reverse.
+    #[error("the VM's layout and definition do not agree: {0}")]
+    Disagree(String),
+}
+
+/// The numbers of the descriptors that QEMU inherits.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Descriptors {
+    /// Listening socket of the monitor.
+    pub(crate) monitor: RawFd,
+    /// Listening socket of the serial console.
+    pub(crate) serial: RawFd,
+    /// Taps, in the order of the definition's ports.
+    pub(crate) taps: Vec<RawFd>,
+    /// Disks, in the order of the definition's volumes.
+    pub(crate) disks: Vec<DiskDescriptors>,
+    /// Kernel and initial RAM disk.
+    pub(crate) boot: Option<(RawFd, RawFd)>,
+}
+
+/// A disk's descriptors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskDescriptors {
+    /// The volume, to read and write; and to read, since QEMU opens it so at first.
+    pub(crate) volume: [RawFd; 2],
+    /// Its base, to read.
+    pub(crate) base: Option<RawFd>,
+}
+
+/// The arguments after the program's own.
+pub(crate) fn argv(
+    definition: &Definition,
+    mode: Mode,
+    sandbox: bool,
+    descriptors: &Descriptors,
+) -> Result<Vec<String>, ArgvError> {
+    let layout = &definition.layout;
+    if layout.version != Layout::VERSION {
+        return Err(ArgvError::Version(layout.version));
+    }
+    let mut argv = Argv::default();
+    argv.machine(definition)?;
+    argv.flags(&["-nodefaults", "-no-user-config", "-S"]);
+    argv.options(&[("-display", "none".to_owned()), ("-vga", "none".to_owned())]);
+    if sandbox {
+        argv.option("-sandbox", SANDBOX);
+    }
+    argv.sockets(descriptors);
+    for device in &layout.devices {
+        match device.kind {
+            DeviceKind::Disk { volume } => {
+                let at = definition.volumes.iter().position(|used| used.place.volume == volume);
+                let found = at.and_then(|at| Some((at, definition.volumes.get(at)?, descriptors.disks.get(at)?)));
+                let (at, used, disk) = found.ok_or_else(|| disagree(device, "volume"))?;
+                argv.disk(device, at, used, disk, definition.boot == Boot::Bios)?;
+            }
+            DeviceKind::Net { port } => {
+                let at = definition.ports.iter().position(|used| used.port == port);
+                let found = at.and_then(|at| Some((definition.ports.get(at)?, descriptors.taps.get(at)?)));
+                let (used, tap) = found.ok_or_else(|| disagree(device, "port"))?;
+                argv.card(device, used, *tap)?;
+            }
+        }
+    }
+    if layout.devices.len() != definition.volumes.len() + definition.ports.len() {
+        return Err(ArgvError::Disagree(
+            "the number of devices is not that of its ports and volumes".to_owned(),
+        ));
+    }
+    argv.boot(definition, descriptors)?;
+    if mode == Mode::Wait {
+        argv.option("-incoming", "defer");
+    }
+    Ok(argv.0)
+}
+
+#[derive(Default)]
+struct Argv(Vec<String>);
+
+impl Argv {
+    fn flags(&mut self, flags: &[&str]) {
+        self.0.extend(flags.iter().map(|&flag| flag.to_owned()));
+    }
+
+    fn option(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
+
+    fn options(&mut self, options: &[(&str, String)]) {
+        options
+            .iter()
+            .for_each(|(option, value)| self.option(option, value.clone()));
+    }
+
+    fn machine(&mut self, definition: &Definition) -> Result<(), ArgvError> {
+        let layout = &definition.layout;
+        let machine = word("machine type", &layout.machine, "._-")?;
+        let cpu = word("CPU model", &layout.cpu, "._-,+=")?;
+        // Devices that a virtio guest has no use for: each has state to save and load inside the blackout.
+        let without = match layout.family {
+            Family::Q35 => "hpet=off,vmport=off,smbus=off,sata=off",
+            Family::Pc => "hpet=off,vmport=off",
+        };
+        let accelerator = match layout.accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg,thread=multi",
+        };
+        let name = definition.name.to_string().replace(',', ",,");
+        self.options(&[
+            ("-name", format!("guest={name},debug-threads=on")),
+            ("-uuid", definition.vm.to_string()),
+            ("-machine", format!("{machine},{without}")),
+            ("-accel", accelerator.to_owned()),
+            ("-cpu", cpu.to_owned()),
+            ("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", layout.vcpus)),
+            ("-m", format!("size={}M", layout.memory_mib)),
+            ("-rtc", "base=utc".to_owned()),
+            ("-boot", "strict=on".to_owned()),
+            ("-msg", "timestamp=on".to_owned()),
+        ]);
+        Ok(())
+    }
+
+    fn sockets(&mut self, descriptors: &Descriptors) {
+        let listening = |id: &str, fd: RawFd| format!("socket,id={id},fd={fd},server=on,wait=off");
+        self.options(&[
+            ("-chardev", listening("monitor", descriptors.monitor)),
+            ("-mon", "chardev=monitor,mode=control".to_owned()),
+            ("-chardev", listening("serial", descriptors.serial)),
+            ("-serial", "chardev:serial".to_owned()),
+        ]);
+    }
+
+    fn disk(
+        &mut self,
+        device: &Device,
+        at: usize,
+        used: &VolumeUse,
+        disk: &DiskDescriptors,
+        boots: bool,
+    ) -> Result<(), ArgvError> {
+        let id = word("device id", &device.id, "-")?;
+        // Formats are given, never probed: a guest could write the header of another.
+        let base = match (&used.base, disk.base) {
+            (None, None) => Value::Null,
+            (Some(base), Some(fd)) => {
+                let file = self.file(&format!("{id}-base-file"), 2 * at + 1, &[fd], true);
+                let node = format!("{id}-base");
+                // The base never changes, so the host's cache of it is right everywhere, and shared by its siblings.
+                let block = json!({"driver": base.format.as_str(), "node-name": node, "file": file, "read-only": true});
+                self.option(
+                    "-blockdev",
+                    backing(block, base.format.as_str(), Value::Null).to_string(),
+                );
+                node.into()
+            }
+            _ => return Err(ArgvError::Disagree(format!("the base of volume {}", used.place.volume))),
+        };
+        let file = self.file(&format!("{id}-file"), 2 * at, &disk.volume, false);
+        let format = used.place.format.as_str();
+        let cache = json!({"direct": true, "no-flush": false});
+        let block = json!({
+            "driver": format, "node-name": format!("{id}-format"), "file": file, "cache": cache, "discard": "unmap",
+        });
+        self.option("-blockdev", backing(block, format, base).to_string());
+        let mut card = placed(device, "virtio-blk-pci")?;
+        card["drive"] = format!("{id}-format").into();
+        if boots && at == 0 {
+            card["bootindex"] = 1.into();
+        }
+        self.option("-device", card.to_string());
+        Ok(())
+    }
+
+    /// A file by descriptors: they form a set, of which QEMU takes the one opened the way it wants.
+    fn file(&mut self, node: &str, set: usize, descriptors: &[RawFd], read_only: bool) -> String {
+        for fd in descriptors {
+            self.option("-add-fd", format!("fd={fd},set={set}"));
+        }
+        let block = json!({
+            "driver": "file", "node-name": node, "filename": format!("/dev/fdset/{set}"), "read-only": read_only,
+            "cache": {"direct": !read_only, "no-flush": false}, "discard": "unmap",
+        });
+        self.option("-blockdev", block.to_string());
+        node.to_owned()
+    }
+
+    fn card(&mut self, device: &Device, used: &PortUse, tap: RawFd) -> Result<(), ArgvError> {
+        let id = word("device id", &device.id, "-")?;
+        self.option("-netdev", format!("tap,id={id}-tap,fd={tap}"));
+        let mut card = placed(device, "virtio-net-pci")?;
+        card["netdev"] = format!("{id}-tap").into();
+        card["mac"] = used.mac.to_string().into();
+        // No boot ROM: nothing boots from the network, and its size differs between QEMUs.
+        card["romfile"] = "".into();
+        self.option("-device", card.to_string());
+        Ok(())
+    }
+
+    fn boot(&mut self, definition: &Definition, descriptors: &Descriptors) -> Result<(), ArgvError> {
+        match (&definition.boot, descriptors.boot) {
+            (Boot::Bios, None) => {}
+            (Boot::Direct { cmdline, .. }, Some((kernel, initrd))) => self.options(&[
+                ("-kernel", format!("/proc/self/fd/{kernel}")),
+                ("-initrd", format!("/proc/self/fd/{initrd}")),
+                ("-append", guest_words(definition, cmdline)),
+            ]),
+            _ => return Err(ArgvError::Disagree("kernel and initial RAM disk".to_owned())),
+        }
+        Ok(())
+    }
+}
+
+/// The kernel's command line, with what the guest should know of itself.
+fn guest_words(definition: &Definition, cmdline: &str) -> String {
+    let mut words = format!("{cmdline} godwit.name={}", definition.name);
+    if let Some(port) = definition.ports.first() {
+        // Writing to a String does not fail.
+        let _ = write!(words, " godwit.ip={}/{} godwit.mtu={}", port.ip, port.prefix, port.mtu);
+        if let Some(gateway) = port.gateway {
+            let _ = write!(words, " godwit.gw={gateway}");
+        }
+    }
+    words
+}
+
+/// Only some formats have backing files; those must be told when there is none, or they open what their header says.
+fn backing(mut block: Value, format: &str, base: Value) -> Value {
+    if format == "qcow2" {
+        block["backing"] = base;
+    }
+    block
+}
+
+fn placed(device: &Device, kind: &str) -> Result<Value, ArgvError> {
+    let bus = word("bus", &device.bus, "._-")?;
+    Ok(json!({"driver": kind, "id": device.id, "bus": bus, "addr": format!("{:#x}", device.slot)}))
+}
+
+fn word<'a>(field: &'static str, value: &'a str, extra: &str) -> Result<&'a str, ArgvError> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || extra.contains(c);
+    if value.is_empty() || !value.chars().all(fits) {
+        return Err(ArgvError::Word {
+            field,
+            value: value.to_owned(),
+        });
+    }
+    Ok(value)
+}
+
+fn disagree(device: &Device, what: &str) -> ArgvError {
+    ArgvError::Disagree(format!("device {} has no {what}", device.id))
+}

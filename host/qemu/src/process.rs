@@ -1,0 +1,207 @@
+//! A QEMU's process as the host sees it: started to outlive the agent, found again, ended, and its last words.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+
+use driver::Process;
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::{Errno, FdFlags};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// How much of a QEMU's messages is kept: the first ones tell what is wrong.
+const MESSAGES_BYTES: usize = 64 * 1024;
+/// How much of them a report quotes: the last ones.
+const QUOTED_BYTES: usize = 1000;
+
+/// Who a process becomes.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) uid: u32,
+    /// The group that may open `/dev/kvm`, where that is needed.
+    pub(crate) kvm_group: Option<u32>,
+}
+
+/// A process held so that its pid cannot come to mean another.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) process: Process,
+    pub(crate) pidfd: Arc<OwnedFd>,
+    messages: Option<File>,
+}
+
+/// Starts `command` as `identity`, in a session of its own, with `inherited` descriptors under their own numbers.
+pub(crate) fn start(mut command: Command, identity: Identity, inherited: &[OwnedFd]) -> io::Result<Held> {
+    let messages = message_file()?;
+    command.stderr(messages.try_clone()?);
+    let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+    become_apart(&mut command, identity, numbers);
+    let child = command.spawn()?;
+    // Not waited for yet, so the pid cannot be another's.
+    let pid = child.id();
+    let pidfd = Arc::new(rustix::process::pidfd_open(as_pid(pid)?, PidfdFlags::NONBLOCK)?);
+    let start_ticks = start_ticks(pid)?;
+    Ok(Held {
+        process: Process { pid, start_ticks },
+        pidfd,
+        messages: Some(messages),
+    })
+}
+
+/// Between fork and exec: own session, no core file (it would hold the guest's memory), own user, no way to more privileges.
+#[allow(unsafe_code)]
+fn become_apart(command: &mut Command, identity: Identity, inherited: Vec<RawFd>) {
+    let change = rustix::process::geteuid().is_root() && identity.uid != 0;
+    let groups: Vec<rustix::fs::Gid> = identity.kvm_group.into_iter().map(rustix::fs::Gid::from_raw).collect();
+    let uid = rustix::fs::Uid::from_raw(identity.uid);
+    let gid = rustix::fs::Gid::from_raw(identity.uid);
+    let prepare = move || {
+        rustix::process::setsid()?;
+        rustix::process::setrlimit(
+            Resource::Core,
+            Rlimit {
+                current: Some(0),
+                maximum: Some(0),
+            },
+        )?;
+        if change {
+            set_thread_groups(&groups)?;
+            set_thread_res_gid(gid, gid, gid)?;
+            // From root to another: the kernel drops all capabilities with it.
+            set_thread_res_uid(uid, uid, uid)?;
+        }
+        set_no_new_privs(true)?;
+        for fd in &inherited {
+            // SAFETY: the number is of an `OwnedFd` that `start` borrows until the child has been made.
+            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
+            rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes plain system calls; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Bounded by the kernel, and there as long as the process or an agent holds it: a guest that makes QEMU complain again and
+/// again fills no disk, and a restarted agent still reads it.
+fn message_file() -> io::Result<File> {
+    let memory = rustix::fs::memfd_create("messages", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&memory, MESSAGES_BYTES as u64)?;
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(memory.into())
+}
+
+/// Takes hold of a process of an earlier agent; `None` when it is gone, or its pid is another's by now.
+pub(crate) fn hold(process: Process) -> io::Result<Option<Held>> {
+    let pidfd = match rustix::process::pidfd_open(as_pid(process.pid)?, PidfdFlags::NONBLOCK) {
+        Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
+        pidfd => Arc::new(pidfd?),
+    };
+    // Read after the pidfd was taken: if it matches now, the pidfd is of the right process.
+    match start_ticks(process.pid) {
+        Ok(ticks) if ticks == process.start_ticks => {}
+        Ok(_) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    }
+    let messages = File::open(format!("/proc/{}/fd/2", process.pid)).ok();
+    Ok(Some(Held {
+        process,
+        pidfd,
+        messages,
+    }))
+}
+
+/// The process that a thread belongs to.
+pub(crate) fn process_of_thread(thread: i32) -> io::Result<Process> {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status"))?;
+    let pid = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    let pid = pid.ok_or_else(|| io::Error::other("no Tgid in /proc/PID/status"))?;
+    Ok(Process {
+        pid,
+        start_ticks: start_ticks(pid)?,
+    })
+}
+
+impl Held {
+    /// Ends it at once; nothing when it is dead.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        kill(&self.pidfd)
+    }
+
+    /// Becomes readable when the process is dead.
+    #[allow(unsafe_code)]
+    pub(crate) fn watch(&self) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+        // SAFETY: the descriptor is owned, and neither replaced nor closed while the watch holds its share of it.
+        Ok(unsafe { AsyncFd::register_with_interest(Arc::clone(&self.pidfd), Interest::READABLE)? })
+    }
+
+    /// How it ended and what it said, for people. Takes the zombie away where it is our child.
+    pub(crate) fn obituary(&self) -> String {
+        use std::os::fd::AsFd;
+        let waited = rustix::process::waitid(
+            WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
+        let how = match waited {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => format!("QEMU ended with status {code}"),
+                (_, Some(signal)) => format!("QEMU was killed by signal {signal}"),
+                _ => "QEMU ended".to_owned(),
+            },
+            // Another agent's child: nobody here is told.
+            _ => "QEMU ended".to_owned(),
+        };
+        match self.last_words() {
+            words if words.is_empty() => how,
+            words => format!("{how}: {words}"),
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let mut said = vec![0; MESSAGES_BYTES];
+        let Some(count) = self.messages.as_ref().and_then(|file| file.read_at(&mut said, 0).ok()) else {
+            return String::new();
+        };
+        let end = said[..count].iter().position(|byte| *byte == 0).unwrap_or(count);
+        let quoted = &said[end.saturating_sub(QUOTED_BYTES)..end];
+        String::from_utf8_lossy(quoted).trim().to_owned()
+    }
+}
+
+/// Ends the process of `pidfd` at once; nothing when it is dead.
+pub(crate) fn kill(pidfd: &OwnedFd) -> io::Result<()> {
+    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`; the second field may hold spaces and parentheses.
+fn start_ticks(pid: u32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name
+        .split_whitespace()
+        .nth(19)
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+}
+
+fn as_pid(pid: u32) -> io::Result<Pid> {
+    i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+}

@@ -1,0 +1,146 @@
+//! The driver's face: a host's QEMU, its VMs, and what the agent asks of each.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use driver::{Action, Happened, Launch, Process};
+use model::VmId;
+use tokio::sync::mpsc;
+
+use crate::capability::Capabilities;
+use crate::launch::{self, AdoptError, Driven, SpawnError};
+use crate::monitor::Monitor;
+use crate::process;
+use crate::program::Program;
+
+/// Actions that wait; the task gives a few at a time.
+const ACTIONS_MAX: usize = 64;
+/// What happened and was not read yet. When it is full the monitor waits, and QEMU's events wait in their own bounded queue.
+const HAPPENED_MAX: usize = 256;
+
+/// A host's QEMU. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: Program,
+    sandbox: bool,
+}
+
+/// A VM's process: ask by its [`Handle`], hear by [`Vm::next`]. Dropping this lets the process go on by itself, as a restart of
+/// the agent does.
+#[derive(Debug)]
+pub struct Vm {
+    handle: Handle,
+    happened: mpsc::Receiver<Happened>,
+}
+
+/// Asks things of a VM's process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    actions: mpsc::Sender<Action>,
+    pidfd: Arc<OwnedFd>,
+    process: Process,
+}
+
+/// An action was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ActError {
+    /// Too many wait.
+    #[error("{ACTIONS_MAX} actions wait already: QEMU does not answer")]
+    Overloaded,
+    /// The agent may not signal the process: it does not run as root.
+    #[error("no permission to end QEMU: the agent must run as root")]
+    NotPermitted,
+    /// The process is dead; [`Happened::Died`] told so.
+    #[error("the process is dead")]
+    Dead,
+}
+
+impl Qemu {
+    /// The QEMU that was found to have these capabilities.
+    #[must_use]
+    pub fn new(program: Program, capabilities: &Capabilities) -> Self {
+        Self {
+            program,
+            sandbox: capabilities.sandbox,
+        }
+    }
+
+    /// Starts a VM's process. It outlives the agent. `taps` are its network cards' in the order of the definition's ports.
+    ///
+    /// The first thing that the VM tells is [`Happened::Up`].
+    ///
+    /// # Errors
+    /// When it cannot be built or started, or does not answer. Nothing is left of it but its run directory.
+    pub async fn spawn(&self, launch: Launch, taps: Vec<OwnedFd>) -> Result<Vm, SpawnError> {
+        let (run_dir, vm) = (launch.run_dir.clone(), launch.definition.vm);
+        let driven = launch::launch(&self.program, self.sandbox, launch, taps).await?;
+        Ok(Vm::drive(driven, &run_dir, vm))
+    }
+
+    /// Finds a VM's process again, after the agent restarted.
+    ///
+    /// The first thing that the VM tells is [`Happened::Up`].
+    ///
+    /// # Errors
+    /// [`AdoptError::Gone`] when there is none. In every other case the guest may run.
+    pub async fn adopt(&self, vm: VmId, run_dir: &Path) -> Result<Vm, AdoptError> {
+        Ok(Vm::drive(launch::adopt(run_dir, vm).await?, run_dir, vm))
+    }
+}
+
+impl Vm {
+    fn drive(driven: Driven, run_dir: &Path, vm: VmId) -> Self {
+        let (actions, actions_out) = mpsc::channel(ACTIONS_MAX);
+        let (happened_in, happened) = mpsc::channel(HAPPENED_MAX);
+        let process = driven.held.process;
+        let pidfd = Arc::clone(&driven.held.pidfd);
+        let monitor = Monitor::new(driven, run_dir, vm, actions_out, happened_in);
+        tokio::spawn(monitor.run());
+        Self {
+            handle: Handle {
+                actions,
+                pidfd,
+                process,
+            },
+            happened,
+        }
+    }
+
+    /// What happened next; `None` after [`Happened::Died`].
+    pub async fn next(&mut self) -> Option<Happened> {
+        self.happened.recv().await
+    }
+
+    /// A handle to ask by.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+}
+
+impl Handle {
+    /// The process, for the journal.
+    #[must_use]
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Asks; what [`Vm::next`] tells is the answer. Actions are carried out in order, but [`Action::Kill`] at once.
+    ///
+    /// # Errors
+    /// When it was not taken.
+    pub fn act(&self, action: Action) -> Result<(), ActError> {
+        if action == Action::Kill {
+            // By the pidfd: it hits this process or none. Its death is told.
+            return process::kill(&self.pidfd).map_err(|error| {
+                tracing::error!(pid = self.process.pid, %error, "cannot kill QEMU");
+                ActError::NotPermitted
+            });
+        }
+        self.actions.try_send(action).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => ActError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => ActError::Dead,
+        })
+    }
+}
