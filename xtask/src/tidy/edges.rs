@@ -24,8 +24,8 @@ const ROOMS: &[Room] = &[
     room(
         "rest",
         "edge/rest",
-        &["model"],
-        "the edge translates; it reaches the controller by the handle in model",
+        &["model", "wire", "controller"],
+        "the edge translates: nouns and problems in, the controller's handle out; never a host",
     ),
     room("model", "control/model", &[], "nouns depend on nothing"),
     room(

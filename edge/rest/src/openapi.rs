@@ -1,0 +1,81 @@
+//! All endpoints in one list, and the OpenAPI document that is made of it.
+
+use std::sync::LazyLock;
+
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{Http, HttpAuthScheme, SecurityScheme},
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::{App, blobs, events, hosts, inventory, operations, system, templates, vms};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Godwit",
+        description = "Provisions virtual machines on a pool of hosts and moves them while they run. Changes are asked for with \
+            POST, PUT, PATCH and DELETE; slow ones are answered with an operation (202). A header Idempotency-Key makes a repeated \
+            request the same request; If-Match with an ETag refuses it when the thing has changed. Version 1 only grows: clients \
+            ignore fields and enum values that they do not know.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    security(("token" = [])),
+    modifiers(&Token),
+    components(schemas(events::ProgressEvent, model::Notice))
+)]
+struct Document;
+
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("token", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
+    }
+}
+
+/// Every endpoint, with its description.
+pub(crate) fn endpoints() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(vms::list, vms::create))
+        .routes(routes!(vms::show, vms::delete))
+        .routes(routes!(vms::start))
+        .routes(routes!(vms::stop))
+        .routes(routes!(vms::kill))
+        .routes(routes!(vms::reboot))
+        .routes(routes!(vms::pause))
+        .routes(routes!(vms::resume))
+        .routes(routes!(vms::migrate))
+        .routes(routes!(vms::console))
+        .routes(routes!(hosts::list))
+        .routes(routes!(hosts::show, hosts::change, hosts::remove))
+        .routes(routes!(hosts::add_token))
+        .routes(routes!(hosts::join_cell))
+        .routes(routes!(templates::list, templates::create))
+        .routes(routes!(templates::show, templates::delete))
+        .routes(routes!(blobs::put, blobs::head))
+        .routes(routes!(operations::list))
+        .routes(routes!(operations::show))
+        .routes(routes!(operations::cancel))
+        .routes(routes!(operations::wait))
+        .routes(routes!(inventory::networks))
+        .routes(routes!(inventory::pools))
+        .routes(routes!(inventory::volumes))
+        .routes(routes!(events::stream))
+        .routes(routes!(system::health))
+        .routes(routes!(system::metrics))
+        .routes(routes!(system::document))
+}
+
+/// The OpenAPI document, as it is served and as it is committed in `docs/openapi.json`.
+#[must_use]
+pub fn openapi_json() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let (_, document) = endpoints().split_for_parts();
+        let mut text = document.to_pretty_json().expect("the document has a JSON form");
+        text.push('\n');
+        text
+    });
+    &TEXT
+}
