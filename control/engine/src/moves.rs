@@ -45,6 +45,11 @@ fn is_still_here(txn: &Txn<'_>, vm: VmId, terms: &Terms) -> bool {
     txn.world().vm(vm).is_some_and(|vm| vm.status.generation == terms.held)
 }
 
+/// Whether a VM that moves was paused by its user and is to arrive so.
+pub(crate) fn arrives_paused(txn: &Txn<'_>, vm: VmId) -> bool {
+    terms(txn, vm).is_some_and(|terms| !terms.run)
+}
+
 /// Goes on to a stage, if that is forward.
 fn advance(operation: &mut Operation, stage: Stage, now: model::Timestamp) {
     if let Some(migration) = operation.migration_mut()

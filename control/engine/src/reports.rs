@@ -189,7 +189,11 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
     let vm = said.vm;
     match (said.what, standing) {
         (Happening::Running | Happening::Paused, Holder | Source) if !stale || said.inventory => power(txn, said),
+        // Told to give up, it says that it has it.
         (Happening::Running, Destination) => moves::activated(txn, vm, said.revision, None),
+        (Happening::Paused, Destination) if moves::arrives_paused(txn, vm) => {
+            moves::activated(txn, vm, said.revision, None);
+        }
         (Happening::Running, FormerSource) if said.inventory => {
             let detail = format!("it says that it still runs VM {vm}, which has moved away; look at that host at once");
             hosts::complain(txn, said.host, detail);
@@ -209,7 +213,10 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
             off(txn, said, cause);
         }
         (Happening::Rebooted, Holder | Source) => rebooted(txn, said),
-        (Happening::Removed, _) => removed(txn, said),
+        (Happening::Removed, Holder | Source) => removed(txn, said, standing),
+        (Happening::Removed, FormerSource) => moves::forgot(txn, vm, said.host, "nothing of it is there"),
+        // In an inventory this may be a container that is still being prepared.
+        (Happening::Removed, Destination) if !said.inventory => moves::voided(txn, vm, "nothing of it is there"),
         (Happening::Refused { reason }, _) => refused(txn, said, standing, reason),
         (Happening::Receiving { tunnel_port }, Destination) => moves::receiving(txn, vm, *tunnel_port),
         (Happening::Copying, Source) => moves::reached(txn, vm, Stage::IterativePreCopy),
@@ -254,11 +261,15 @@ fn is_reclaimable(txn: &Txn<'_>, said: &Said<'_>) -> bool {
 fn power(txn: &mut Txn<'_>, said: &Said<'_>) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
     let held = txn.holding(said.vm);
-    if held.is_some_and(|held| held.migration().is_some()) {
-        // While it moves the stages tell; the source's guest runs until it is stopped.
+    let kept = Refusal::new(Code::HostFailed, format!("VM {} was not moved: its source still has it", vm.name));
+    if let Some(migration) = held.and_then(|held| held.migration()) {
+        // While it moves the stages tell. But a source that is told to give up, and knows of no move, just says how the VM is.
+        let told = migration.cancelling || migration.reason.is_some();
+        if told && said.revision >= vm.status.ordered && migration.stage < Stage::Activation {
+            moves::kept(txn, said.vm, &kept);
+        }
         return;
     }
-    let kept = Refusal::new(Code::HostFailed, "its source still has it");
     if held.is_none() && vm.status.moving.is_some() && vm.status.state == VmState::Migrating {
         return moves::kept(txn, said.vm, &kept);
     }
@@ -349,23 +360,24 @@ fn rebooted(txn: &mut Txn<'_>, said: &Said<'_>) {
     }
 }
 
-/// Nothing of it is left on its host, its disks included: the answer to an order to delete it, maybe a late one.
-fn removed(txn: &mut Txn<'_>, said: &Said<'_>) {
+/// Nothing of it is left on its host: the answer to an order to delete it, else it ended there.
+fn removed(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
-    let held = txn
-        .holding(said.vm)
-        .map(|held| (held.id, held.kind == OperationKind::DeleteVm));
-    let here = vm.status.host == Some(said.host) && said.generation <= vm.status.generation;
-    if !here || said.revision < vm.status.ordered || vm.status.moving.is_some() && held.is_none() {
-        return;
-    }
-    match held {
-        Some((id, true)) => {
+    let answers = said.revision >= vm.status.ordered;
+    let deleting = txn.holding(said.vm).filter(|held| held.kind == OperationKind::DeleteVm).map(|held| held.id);
+    match deleting {
+        Some(id) if answers => {
             lifecycle::erase(txn, said.vm);
             txn.finish(id, OperationState::Succeeded);
         }
-        Some((_, false)) => {}
-        None => lifecycle::erase(txn, said.vm),
+        Some(_) => {}
+        None => {
+            let detail = "nothing of it is left there".to_owned();
+            let what = Happening::Off {
+                cause: OffCause::Died { detail },
+            };
+            means(txn, &Said { what: &what, ..*said }, standing, false);
+        }
     }
 }
 

@@ -253,7 +253,16 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
     match (&order.verb, &report.refused) {
         (TemplateVerb::Fetch { .. }, None) => {
             let pools = vec![report.pool];
-            txn.edit_template(id, |template| template.state = TemplateState::Ready { pools });
+            let disk = report.content.as_ref().and_then(|content| content.disk);
+            txn.edit_template(id, |template| {
+                // Only the disk's file changes when it is converted: what its guest sees, and how it starts, was asked for.
+                if let (Some(asked), Some(converted)) = (&mut template.content.disk, disk) {
+                    asked.blob = converted.blob;
+                    asked.format = converted.format;
+                    asked.size_bytes = converted.size_bytes.clamp(1, BYTES_MAX);
+                }
+                template.state = TemplateState::Ready { pools };
+            });
             txn.notice_template(id, "template.ready", String::new());
             txn.finish(order.operation, OperationState::Succeeded);
         }
