@@ -89,7 +89,8 @@ impl Arm for QemuTunedTls {
     }
 }
 
-/// An authority and a certificate for each host, once; P-256, as Godwit's own.
+/// An authority, a certificate for each host and the listener's Diffie-Hellman group,
+/// once; P-256, as Godwit's own.
 fn make_certificates(lab: &Lab) -> Result<()> {
     let ca = lab.dir().join("bench-ca");
     if ca.exists() {
@@ -120,7 +121,13 @@ fn make_certificates(lab: &Lab) -> Result<()> {
         let extensions = ["basicConstraints=critical,CA:false", &usage, &alternative];
         request(&key, &cert, &format!("/CN={name}"), &issuer, &extensions)?;
     }
-    Ok(())
+    // Without this file the listening QEMU makes a 2048-bit prime of its own at every start: 0.1 to 1 s.
+    let dh = lab.host(B)?.dir().join("state/bench-tls/dh-params.pem");
+    let dh = dh.to_string_lossy();
+    let group = ["-algorithm", "DH", "-pkeyopt", "group:ffdhe2048"];
+    let mut argv = vec!["openssl", "genpkey", "-genparam", "-out", &dh];
+    argv.extend(group);
+    run(&argv).map(drop)
 }
 
 fn request(key: &Path, cert: &Path, subject: &str, how: &[&str], extensions: &[&str]) -> Result<()> {

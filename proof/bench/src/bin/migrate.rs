@@ -28,11 +28,8 @@ struct Args {
     #[arg(long)]
     json: Option<PathBuf>,
     /// The godwit to measure; without it the one beside this program, if there is one.
-    #[arg(long)]
+    #[arg(long, env = "GODWIT_BIN")]
     godwit: Option<PathBuf>,
-    /// Install libvirt by apt first when it is missing.
-    #[arg(long)]
-    install: bool,
     /// The QEMU that all arms run.
     #[arg(long, default_value = "/usr/bin/qemu-system-x86_64")]
     qemu: PathBuf,
@@ -54,9 +51,6 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let rounds = if args.quick { 3 } else { args.pairs };
-    if args.install && !arms::Libvirt::is_installed() {
-        install_libvirt()?;
-    }
     let private = if arms::Libvirt::is_installed() {
         arms::LIBVIRT_PRIVATE.iter().map(PathBuf::from).collect()
     } else {
@@ -153,7 +147,9 @@ fn chosen(args: &Args, lab: &Arc<Lab>, godwit: Option<&Path>) -> Result<Vec<Box<
         all.push(Box::new(arms::Libvirt::default()));
         all.push(Box::new(arms::Libvirt::tuned()));
     } else {
-        eprintln!("arms libvirt and libvirt-tuned are left out: libvirt is not installed (--install gets it)");
+        eprintln!(
+            "arms libvirt and libvirt-tuned are left out: libvirt is not installed (cargo xtask bench migrate --install)"
+        );
     }
     let known: Vec<_> = all.iter().map(|arm| arm.name()).collect();
     if let Some(unknown) = args.arms.iter().find(|name| !known.contains(&name.as_str())) {
@@ -161,23 +157,6 @@ fn chosen(args: &Args, lab: &Arc<Lab>, godwit: Option<&Path>) -> Result<Vec<Box<
     }
     all.retain(|arm| args.arms.is_empty() || args.arms.iter().any(|name| name == arm.name()));
     Ok(all)
-}
-
-/// Without `libvirt-daemon-system`: no service starts on this machine, no bridge
-/// appears; each host of the lab has a libvirtd of its own.
-fn install_libvirt() -> Result<()> {
-    eprintln!("installing libvirt by apt ...");
-    let argv = [
-        "apt-get",
-        "install",
-        "-y",
-        "-q",
-        "--no-install-recommends",
-        "libvirt-daemon",
-        "libvirt-daemon-driver-qemu",
-        "libvirt-clients",
-    ];
-    e2e::run::run_env(&argv, &[("DEBIAN_FRONTEND", "noninteractive".to_owned())]).map(drop)
 }
 
 fn machine(args: &Args) -> Result<Machine> {
