@@ -44,11 +44,12 @@ impl Program {
         }
     }
 
-    /// The QEMU that `named` names (a program, or a directory with an unpacked one); else the installed one. The value comes
+    /// The QEMU that `named` names (a program, a directory that holds one, or a tree of unpacked packages); else the installed one. The value comes
     /// from the agent's configuration, or in tests from `GODWIT_QEMU`.
     #[must_use]
     pub fn locate(named: Option<&Path>) -> Self {
         match named {
+            Some(directory) if directory.join(NAME).is_file() => Self::at(directory.join(NAME)),
             Some(directory) if directory.is_dir() => Self::unpacked(directory),
             Some(path) => Self::at(path),
             None => Self::at(NAME),
@@ -101,6 +102,9 @@ mod tests {
             ["-L".into(), root.path().join("usr/share/qemu").into_os_string()]
         );
         assert!(unpacked.environment().any(|(name, _)| name == "QEMU_MODULE_DIR"));
+        std::fs::write(root.path().join("qemu-system-x86_64"), "").unwrap();
+        let wrapped = Program::at(root.path().join("qemu-system-x86_64"));
+        assert_eq!(Program::locate(Some(root.path())), wrapped);
         assert_eq!(Program::locate(Some("/opt/q".as_ref())), Program::at("/opt/q"));
         assert!(Program::locate(None).arguments().is_empty());
     }

@@ -77,18 +77,23 @@ pub(crate) async fn installed() -> (Qemu, Capabilities) {
     (Qemu::new(program, &capabilities), capabilities)
 }
 
+/// Notes a test that cannot run here, where `cargo xtask test` counts them.
+pub(crate) fn left_out(test: &str, why: &str) {
+    println!("left out: {test}: {why}");
+    if let Some(notes) = std::env::var_os("GODWIT_LEFT_OUT") {
+        let mut notes = std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(notes)
+            .unwrap();
+        writeln!(notes, "{test}: {why}").unwrap();
+    }
+}
+
 /// Another QEMU, in the directory that `GODWIT_QEMU_ALT` names; `None` is noted as a test left out.
 pub(crate) async fn other(test: &str) -> Option<(Qemu, Capabilities)> {
     let Some(directory) = std::env::var_os("GODWIT_QEMU_ALT") else {
-        println!("left out: {test}: no other QEMU (GODWIT_QEMU_ALT)");
-        if let Some(notes) = std::env::var_os("GODWIT_LEFT_OUT") {
-            let mut notes = std::fs::OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(notes)
-                .unwrap();
-            writeln!(notes, "{test}: no other QEMU").unwrap();
-        }
+        left_out(test, "no other QEMU (GODWIT_QEMU_ALT)");
         return None;
     };
     let program = Program::locate(Some(Path::new(&directory)));
@@ -160,6 +165,14 @@ pub(crate) struct Host {
 }
 
 impl Host {
+    pub(crate) fn of(directory: tempfile::TempDir, vm: Vm) -> Self {
+        Self {
+            directory,
+            handle: vm.handle(),
+            vm: Some(vm),
+        }
+    }
+
     pub(crate) async fn start(qemu: &Qemu, shared: &Shared, mode: Mode) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let launch = launch(shared, mode, &directory.path().join("run"));
@@ -167,11 +180,7 @@ impl Host {
             .spawn(launch, vec![])
             .await
             .unwrap_or_else(|error| panic!("{error}: {error:?}"));
-        let mut host = Self {
-            directory,
-            handle: vm.handle(),
-            vm: Some(vm),
-        };
+        let mut host = Self::of(directory, vm);
         let up = host.next().await;
         assert!(matches!(up, Happened::Up { .. }), "{up:?}");
         host
