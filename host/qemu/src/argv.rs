@@ -285,3 +285,165 @@ fn word<'a>(field: &'static str, value: &'a str, extra: &str) -> Result<&'a str,
 fn disagree(device: &Device, what: &str) -> ArgvError {
     ArgvError::Disagree(format!("device {} has no {what}", device.id))
 }
+
+#[cfg(test)]
+mod tests {
+    use model::layout::Family;
+    use model::order::{VolumeBase, VolumePlace};
+    use model::storage::{Digest, Format};
+    use model::{Mac, PoolId, PortId, VmId, VolumeId};
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn definition(family: Family) -> Definition {
+        let (port, volume, pool) = (
+            PortId(Uuid::from_u128(1)),
+            VolumeId(Uuid::from_u128(2)),
+            PoolId(Uuid::from_u128(3)),
+        );
+        let (machine, bus) = match family {
+            Family::Q35 => ("pc-q35-7.2", "pcie.0"),
+            Family::Pc => ("pc-i440fx-7.2", "pci.0"),
+        };
+        let device = |id: &str, slot, kind| Device {
+            id: id.to_owned(),
+            bus: bus.to_owned(),
+            slot,
+            kind,
+        };
+        let layout = Layout {
+            version: 1,
+            family,
+            machine: machine.to_owned(),
+            accelerator: Accelerator::Tcg,
+            cpu: "qemu64".to_owned(),
+            vcpus: 2,
+            memory_mib: 512,
+            devices: vec![
+                device("net0", 2, DeviceKind::Net { port }),
+                device("disk0", 10, DeviceKind::Disk { volume }),
+            ],
+        };
+        let place = VolumePlace {
+            volume,
+            pool,
+            format: Format::Qcow2,
+        };
+        let base = Some(VolumeBase {
+            digest: Digest([0; 32]),
+            format: Format::Raw,
+        });
+        Definition {
+            vm: VmId(Uuid::from_u128(4)),
+            name: "web1".parse().unwrap(),
+            layout,
+            boot: Boot::Bios,
+            pool,
+            volumes: vec![VolumeUse {
+                place,
+                size_bytes: 1 << 30,
+                base,
+            }],
+            ports: vec![PortUse {
+                port,
+                mac: Mac([0x52, 0x54, 0, 1, 2, 3]),
+                ip: [10, 91, 0, 7].into(),
+                prefix: 24,
+                gateway: None,
+                mtu: 1500,
+            }],
+        }
+    }
+
+    fn descriptors() -> Descriptors {
+        Descriptors {
+            monitor: 10,
+            serial: 11,
+            taps: vec![12],
+            disks: vec![DiskDescriptors {
+                volume: [13, 14],
+                base: Some(15),
+            }],
+            boot: None,
+        }
+    }
+
+    /// Written down once, for good: a VM that was started by this form may have to move to a host whose agent is newer. A test
+    /// that fails here asks for a new [`Layout::VERSION`], not for a new text.
+    #[test]
+    fn what_the_guest_sees_of_form_1_never_changes() {
+        let built = argv(&definition(Family::Q35), Mode::Wait, true, &descriptors())
+            .unwrap()
+            .join(" ");
+        let expected = concat!(
+            "-name guest=web1,debug-threads=on -uuid 00000000-0000-0000-0000-000000000004 ",
+            "-machine pc-q35-7.2,hpet=off,vmport=off,smbus=off,sata=off -accel tcg,thread=multi -cpu qemu64 ",
+            "-smp cpus=2,sockets=1,cores=2,threads=1 -m size=512M -rtc base=utc -boot strict=on -msg timestamp=on ",
+            "-nodefaults -no-user-config -S -display none -vga none ",
+            "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny ",
+            "-chardev socket,id=monitor,fd=10,server=on,wait=off -mon chardev=monitor,mode=control ",
+            "-chardev socket,id=serial,fd=11,server=on,wait=off -serial chardev:serial ",
+            r#"-netdev tap,id=net0-tap,fd=12 -device {"addr":"0x2","bus":"pcie.0","driver":"virtio-net-pci","id":"net0","#,
+            r#""mac":"52:54:00:01:02:03","netdev":"net0-tap","romfile":""} "#,
+            r#"-add-fd fd=15,set=1 -blockdev {"cache":{"direct":false,"no-flush":false},"discard":"unmap","driver":"file","#,
+            r#""filename":"/dev/fdset/1","node-name":"disk0-base-file","read-only":true} "#,
+            r#"-blockdev {"driver":"raw","file":"disk0-base-file","node-name":"disk0-base","read-only":true} "#,
+            r#"-add-fd fd=13,set=0 -add-fd fd=14,set=0 -blockdev {"cache":{"direct":true,"no-flush":false},"#,
+            r#""discard":"unmap","driver":"file","filename":"/dev/fdset/0","node-name":"disk0-file","read-only":false} "#,
+            r#"-blockdev {"backing":"disk0-base","cache":{"direct":true,"no-flush":false},"discard":"unmap","#,
+            r#""driver":"qcow2","file":"disk0-file","node-name":"disk0-format"} "#,
+            r#"-device {"addr":"0xa","bootindex":1,"bus":"pcie.0","drive":"disk0-format","driver":"virtio-blk-pci","#,
+            r#""id":"disk0"} -incoming defer"#,
+        );
+        assert_eq!(built, expected);
+        let pc = argv(&definition(Family::Pc), Mode::Boot, false, &descriptors())
+            .unwrap()
+            .join(" ");
+        assert!(
+            pc.contains("-machine pc-i440fx-7.2,hpet=off,vmport=off -accel") && pc.contains(r#""bus":"pci.0""#),
+            "{pc}"
+        );
+        assert!(!pc.contains("-incoming") && !pc.contains("-sandbox"));
+    }
+
+    #[test]
+    fn a_word_with_more_in_it_is_refused() {
+        let spoilt: [fn(&mut Layout); 5] = [
+            |layout| layout.machine = "pc-q35-7.2,accel=kvm".to_owned(),
+            |layout| layout.machine = String::new(),
+            |layout| layout.cpu = "qemu64 -monitor stdio".to_owned(),
+            |layout| layout.devices[0].id = "net0,script=/bin/sh".to_owned(),
+            |layout| layout.devices[1].bus = "pcie.0\"".to_owned(),
+        ];
+        for spoil in spoilt {
+            let mut definition = definition(Family::Q35);
+            spoil(&mut definition.layout);
+            let refused = argv(&definition, Mode::Boot, true, &descriptors());
+            assert!(matches!(refused, Err(ArgvError::Word { .. })), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_layout_that_the_definition_does_not_bear_out_is_refused() {
+        let spoilt: [fn(&mut Definition); 5] = [
+            |definition| definition.layout.devices.clear(),
+            |definition| definition.ports[0].port = PortId(Uuid::from_u128(9)),
+            |definition| definition.volumes.clear(),
+            |definition| definition.volumes[0].base = None,
+            |definition| definition.layout.devices.truncate(1),
+        ];
+        for spoil in spoilt {
+            let mut definition = definition(Family::Q35);
+            spoil(&mut definition);
+            let refused = argv(&definition, Mode::Boot, true, &descriptors());
+            assert!(matches!(refused, Err(ArgvError::Disagree(_))), "{refused:?}");
+        }
+        let mut newer = definition(Family::Q35);
+        newer.layout.version = 2;
+        assert_eq!(
+            argv(&newer, Mode::Boot, true, &descriptors()),
+            Err(ArgvError::Version(2))
+        );
+    }
+}
