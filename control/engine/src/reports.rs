@@ -207,6 +207,8 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
             }
         }
         (Happening::Off { .. }, FormerSource) => moves::forgot(txn, vm, said.host, "it is off there"),
+        // Nobody orders a destination to stop what it is not known to have: this is an earlier stay, and it takes nothing.
+        (Happening::Off { cause: OffCause::Ordered }, Destination) => moves::voided(txn, vm, "it is off there"),
         (Happening::Off { cause }, Destination) => {
             // It ran there, and ended before we heard of it.
             moves::activated(txn, vm, said.revision, None);
@@ -283,6 +285,10 @@ fn power(txn: &mut Txn<'_>, said: &Said<'_>) {
         _ => VmState::Paused,
     };
     let answers = said.revision >= vm.status.ordered;
+    if vm.status.state == VmState::Provisioning && held.is_none() && !answers {
+        // Its start was given up: it runs for a moment until the order to end it has come.
+        return;
+    }
     let done = held.filter(|held| match held.kind {
         OperationKind::CreateVm | OperationKind::StartVm => true,
         OperationKind::ResumeVm | OperationKind::RebootVm => answers && state == VmState::Active,

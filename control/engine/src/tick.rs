@@ -51,6 +51,10 @@ fn expire(txn: &mut Txn<'_>, operation: &Operation) {
             cancel::abandon_start(txn, vm, id);
         }
         OperationKind::ImportTemplate | OperationKind::DeleteTemplate => templates::expire(txn, operation),
+        // The order stands: a VM of which nobody knows whether it was started is not left to run.
+        OperationKind::KillVm => {
+            txn.fail(id, late(format!("look at {by}; the VM is ended as soon as it answers")));
+        }
         _ => {
             if let Some(host) = host {
                 txn.withdraw(host, vm);

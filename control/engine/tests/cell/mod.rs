@@ -214,7 +214,22 @@ impl Cell {
 
     /// Takes a step, applies its changes to the follower, and checks every invariant.
     pub(crate) fn event(&mut self, event: Event) -> Vec<Effect> {
+        let before = std::env::var_os("ENGINE_TRACE").map(|_| {
+            eprintln!("{event:?}");
+        });
         let effects = step(&mut self.world, event, self.now);
+        if before.is_some() {
+            for effect in &effects {
+                match effect {
+                    Effect::Change(change) => match &**change {
+                        Change::Put(Row::Vm(vm)) => eprintln!("    {} {:?}", vm.name, vm.status),
+                        Change::Put(Row::Notice(n)) => eprintln!("    {} {} {}", n.what, n.name, n.detail),
+                        _ => {}
+                    },
+                    other => eprintln!("    {other:?}"),
+                }
+            }
+        }
         for effect in &effects {
             match effect {
                 Effect::Change(change) => {
