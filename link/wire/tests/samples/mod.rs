@@ -162,7 +162,7 @@ fn happenings() -> Vec<Happening> {
         Happening::Stopped,
         Happening::Released,
         Happening::Activated {
-            resumed_at_ms: 1_790_000_000_000,
+            resumed_at_ms: Some(1_790_000_000_000),
         },
         Happening::Voided { reason: reason() },
         Happening::Kept { reason: refusal() },
@@ -174,7 +174,7 @@ fn happenings() -> Vec<Happening> {
                 rounds: vec![Round::default()],
                 ..Receipt::default()
             }),
-            stopped_at_ms: 1_790_000_000_000,
+            stopped_at_ms: Some(1_790_000_000_000),
         },
         Happening::Unknown { reason: reason() },
         Happening::TooLate,
@@ -252,6 +252,11 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
                 template: id(10),
                 pool: id(8),
                 refused: Some(refusal()),
+                content: Some(Content {
+                    boot: boot(),
+                    disk: None,
+                    memory_mib_min: 64,
+                }),
             }),
         ),
         ("relay".to_owned(), Report::Relay(relay())),

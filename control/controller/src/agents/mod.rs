@@ -1,0 +1,173 @@
+//! The agents' port: sessions, blobs, consoles, renewals. Who a client is stands in its certificate, never in what it says.
+
+mod session;
+
+use std::{io, sync::Arc, time::Instant};
+
+use axum::{
+    Json, Router,
+    body::{Body, BodyDataStream},
+    extract::{DefaultBodyLimit, Extension, Path, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
+use model::{Digest, HostId, Refusal, refusal::Code};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf},
+    sync::mpsc,
+};
+use uuid::Uuid;
+use wire::{Problem, RenewRequest, RenewResponse, join::BODY_BYTES_MAX, session as paths};
+
+use crate::{blobs::Blobs, committed::Committed, consoles::Consoles, core::Input, handle::Shared, joining::Authority};
+
+/// Bytes of a piece of a blob or console.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// What the agents' port needs.
+#[derive(Clone)]
+pub(crate) struct Agents {
+    pub(crate) inputs: mpsc::Sender<Input>,
+    pub(crate) committed: Arc<Committed>,
+    pub(crate) blobs: Blobs,
+    pub(crate) consoles: Arc<Consoles>,
+    pub(crate) authority: Arc<Authority>,
+}
+
+impl Agents {
+    pub(crate) fn of(shared: &Shared) -> Self {
+        Self {
+            inputs: shared.inputs.clone(),
+            committed: shared.committed.clone(),
+            blobs: shared.blobs.clone(),
+            consoles: shared.consoles.clone(),
+            authority: shared.authority.clone(),
+        }
+    }
+}
+
+pub(crate) fn router(agents: Agents) -> Router {
+    Router::new()
+        .route(paths::SESSION_PATH, post(session::open))
+        .route(&format!("{}/{{digest}}", paths::BLOBS_PATH), get(blob))
+        .route(&format!("{}/{{console}}", paths::CONSOLE_PATH), post(console))
+        .route(
+            paths::RENEW_PATH,
+            post(renew).layer(DefaultBodyLimit::max(BODY_BYTES_MAX)),
+        )
+        .with_state(agents)
+}
+
+/// A refusal as the answer to an HTTP request.
+pub(crate) struct Refused(pub(crate) Refusal);
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let problem = Problem::of(&self.0, None);
+        let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let kind = [(header::CONTENT_TYPE, wire::problem::MEDIA_TYPE)];
+        (status, kind, Json(problem)).into_response()
+    }
+}
+
+fn not_found(what: &str) -> Refused {
+    Refused(Refusal::new(Code::NotFound, what))
+}
+
+/// A removed host still has a valid certificate; it is told so.
+fn known(agents: &Agents, host: HostId) -> Result<(), Refused> {
+    if agents.committed.knows_host(host) {
+        return Ok(());
+    }
+    let message = format!("host {host} is not, or no longer, of this cell");
+    Err(Refused(
+        Refusal::new(Code::Forbidden, message).hint("join it anew: `godwit host add-token`"),
+    ))
+}
+
+async fn blob(
+    State(agents): State<Agents>,
+    Extension(host): Extension<HostId>,
+    Path(digest): Path<String>,
+) -> Result<Response, Refused> {
+    known(&agents, host)?;
+    let digest: Digest = digest.parse().map_err(|_| not_found("no such blob"))?;
+    if !agents.committed.names_blob(digest) {
+        return Err(not_found("no template has this blob"));
+    }
+    let blobs = agents.blobs.clone();
+    let opened = tokio::task::spawn_blocking(move || blobs.open_blob(digest)).await;
+    let (file, size_bytes) = match opened {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(not_found("the controller no longer has this blob"));
+        }
+        Ok(Err(error)) => {
+            return Err(Refused(Refusal::new(
+                Code::Other,
+                format!("the blob cannot be read: {error}"),
+            )));
+        }
+        Err(error) => return Err(Refused(Refusal::new(Code::Other, error.to_string()))),
+    };
+    let body = Body::from_stream(pieces(tokio::fs::File::from_std(file)));
+    Ok(([(header::CONTENT_LENGTH, size_bytes)], body).into_response())
+}
+
+/// What can be read, piece by piece, as it is asked for.
+fn pieces<R>(reader: R) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static
+where
+    R: tokio::io::AsyncRead + Unpin + Send + 'static,
+{
+    stream::try_unfold(reader, |mut reader| async move {
+        let mut piece = bytes::BytesMut::with_capacity(PIECE_BYTES);
+        let count = reader.read_buf(&mut piece).await?;
+        Ok((count > 0).then(|| (piece.freeze(), reader)))
+    })
+}
+
+async fn console(
+    State(agents): State<Agents>,
+    Extension(host): Extension<HostId>,
+    Path(id): Path<Uuid>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refused> {
+    known(&agents, host)?;
+    let ticket = headers
+        .get(paths::TICKET_HEADER)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let opened = agents.consoles.open(id, host, ticket, Instant::now());
+    let Some(pipe) = opened else {
+        let message = "no console waits for this ticket: it is wrong, used or older than 30 s";
+        return Err(Refused(Refusal::new(Code::Forbidden, message)));
+    };
+    let (typed, printed): (ReadHalf<DuplexStream>, WriteHalf<DuplexStream>) = tokio::io::split(pipe);
+    tokio::spawn(print(body.into_data_stream(), printed));
+    Ok(Body::from_stream(pieces(typed)).into_response())
+}
+
+/// What the guest prints, to the person; until either goes.
+async fn print(mut body: BodyDataStream, mut printed: WriteHalf<DuplexStream>) {
+    while let Some(Ok(piece)) = body.next().await {
+        if printed.write_all(&piece).await.is_err() {
+            return;
+        }
+    }
+    // The person sees the end.
+    let _ = printed.shutdown().await;
+}
+
+async fn renew(
+    State(agents): State<Agents>,
+    Extension(host): Extension<HostId>,
+    Json(request): Json<RenewRequest>,
+) -> Result<Json<RenewResponse>, Refused> {
+    known(&agents, host)?;
+    let certificate_pem = agents.authority.certify(&request.csr_pem, host).map_err(Refused)?;
+    Ok(Json(RenewResponse { certificate_pem }))
+}
