@@ -35,6 +35,14 @@ pub enum SpawnError {
     /// The definition cannot be built.
     #[error("the VM's definition cannot be built")]
     Definition(#[from] ArgvError),
+    /// This QEMU has no such machine.
+    #[error("QEMU {version} here has no machine type {machine:?}; upgrade it, or use a host whose QEMU has it")]
+    Machine {
+        /// The machine type.
+        machine: String,
+        /// QEMU's version.
+        version: String,
+    },
     /// The definition and the files or taps given do not agree.
     #[error("{given} {what} were given for {wanted} in the definition")]
     Count {

@@ -23,7 +23,7 @@ const HAPPENED_MAX: usize = 256;
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: Program,
-    sandbox: bool,
+    capabilities: Arc<Capabilities>,
 }
 
 /// A VM's process: ask by its [`Handle`], hear by [`Vm::next`]. Dropping this lets the process go on by itself, as a restart of
@@ -59,10 +59,10 @@ pub enum ActError {
 impl Qemu {
     /// The QEMU that was found to have these capabilities.
     #[must_use]
-    pub fn new(program: Program, capabilities: &Capabilities) -> Self {
+    pub fn new(program: Program, capabilities: Capabilities) -> Self {
         Self {
             program,
-            sandbox: capabilities.sandbox,
+            capabilities: Arc::new(capabilities),
         }
     }
 
@@ -74,7 +74,12 @@ impl Qemu {
     /// When it cannot be built or started, or does not answer. Nothing is left of it but its run directory.
     pub async fn spawn(&self, launch: Launch, taps: Vec<OwnedFd>) -> Result<Vm, SpawnError> {
         let (run_dir, vm) = (launch.run_dir.clone(), launch.definition.vm);
-        let driven = launch::launch(&self.program, self.sandbox, launch, taps).await?;
+        let machine = &launch.definition.layout.machine;
+        if !self.capabilities.machines.contains(machine) {
+            let (machine, version) = (machine.clone(), self.capabilities.version.to_string());
+            return Err(SpawnError::Machine { machine, version });
+        }
+        let driven = launch::launch(&self.program, self.capabilities.sandbox, launch, taps).await?;
         Ok(Vm::drive(driven, &run_dir, vm))
     }
 

@@ -4,13 +4,15 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::{Host, SOON, Shared, assert_counts, drain, installed, launch, ticks, user};
 use driver::{Action, Condition, Happened, Mode, Process};
 use model::layout::Family;
 use qemu::{AdoptError, SpawnError};
 use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
 
 #[tokio::test]
 async fn a_guest_runs_stands_resets_and_powers_itself_off_on_both_machines() {
@@ -217,10 +219,17 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
         .await
         .unwrap_err();
     assert!(
-        matches!(&unknown, SpawnError::Ended { obituary } if obituary.contains("pc-q35-99.0")),
+        unknown.to_string().contains("has no machine type \"pc-q35-99.0\""),
         "{unknown}"
     );
-    let injected = spawn(|launch| launch.definition.layout.machine = "q35,accel=kvm".into())
+    let said = spawn(|launch| launch.definition.layout.cpu = "NoSuchCpu".into())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&said, SpawnError::Ended { obituary } if obituary.contains("NoSuchCpu")),
+        "{said}"
+    );
+    let injected = spawn(|launch| launch.definition.layout.cpu = "qemu64 -monitor stdio".into())
         .await
         .unwrap_err();
     assert!(matches!(injected, SpawnError::Definition(_)), "{injected}");
@@ -235,7 +244,7 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
     let adopted = qemu.adopt(shared.definition.vm, &run_dir).await;
     assert!(matches!(adopted, Err(AdoptError::Gone)), "{adopted:?}");
 
-    let missing = qemu::Qemu::new(qemu::Program::at("/nonexistent/qemu"), &capabilities);
+    let missing = qemu::Qemu::new(qemu::Program::at("/nonexistent/qemu"), capabilities.clone());
     let start = missing
         .spawn(launch(&shared, Mode::Boot, &run_dir), vec![])
         .await
@@ -257,5 +266,65 @@ async fn two_processes_do_not_write_one_disk() {
         matches!(&second, SpawnError::Ended { obituary } if obituary.contains("lock")),
         "{second}"
     );
+    host.end().await;
+}
+
+#[tokio::test]
+async fn a_qemu_that_hangs_dies_all_the_same() {
+    let (qemu, capabilities) = installed().await;
+    let shared = Shared::new(&capabilities, Family::Q35);
+    let mut host = Host::start(&qemu, &shared, Mode::Boot).await;
+    host.run().await;
+    let pid = rustix::process::Pid::from_raw(host.handle.process().pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    host.act(Action::Stand); // Not answered, now or ever.
+    host.act(Action::Kill);
+    let told = host.until(|h| matches!(h, Happened::Died { .. })).await;
+    assert!(
+        !told
+            .iter()
+            .any(|h| matches!(h, Happened::Standing { settled: true, .. })),
+        "{told:?}"
+    );
+}
+
+/// Stands between the agent and QEMU's monitor, so that the test can cut them apart.
+fn relay_monitor(listener: &std::os::unix::net::UnixListener, real: PathBuf) -> JoinHandle<()> {
+    let listener = listener.try_clone().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let listener = UnixListener::from_std(listener).unwrap();
+    tokio::spawn(async move {
+        let (mut agent, _) = listener.accept().await.unwrap();
+        let mut qemu = UnixStream::connect(real).await.unwrap();
+        let _ = tokio::io::copy_bidirectional(&mut agent, &mut qemu).await;
+    })
+}
+
+#[tokio::test]
+async fn a_monitor_that_was_lost_is_got_back_and_what_changed_meanwhile_is_told() {
+    let (qemu, capabilities) = installed().await;
+    let shared = Shared::new(&capabilities, Family::Q35);
+    let mut host = Host::start(&qemu, &shared, Mode::Boot).await;
+    host.run().await;
+    let (socket, real) = (host.run_dir().join("qmp.sock"), host.run_dir().join("real.sock"));
+    std::fs::rename(&socket, &real).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let relay = relay_monitor(&listener, real.clone());
+    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Running);
+
+    relay.abort();
+    let (other, _events) = qmp::Session::connect(&real, qmp::Limits::default()).await.unwrap();
+    host.act(Action::Reset);
+    let refused = host.next().await;
+    assert!(
+        matches!(refused, Happened::Refused { action: "reset", .. }),
+        "{refused:?}"
+    );
+    other.execute(qmp::Stop {}).await.unwrap();
+    drop((other, _events));
+    let _relay = relay_monitor(&listener, real);
+    let told = host.next().await;
+    assert!(matches!(told, Happened::Standing { settled: true, .. }), "{told:?}");
+    host.run().await;
     host.end().await;
 }

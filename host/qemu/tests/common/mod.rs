@@ -74,7 +74,7 @@ const TICKER: &[u8] = &[
 pub(crate) async fn installed() -> (Qemu, Capabilities) {
     let program = Program::locate(std::env::var_os("GODWIT_QEMU").map(PathBuf::from).as_deref());
     let capabilities = discover(&program).await.unwrap();
-    (Qemu::new(program, &capabilities), capabilities)
+    (Qemu::new(program, capabilities.clone()), capabilities)
 }
 
 /// Notes a test that cannot run here, where `cargo xtask test` counts them.
@@ -98,7 +98,7 @@ pub(crate) async fn other(test: &str) -> Option<(Qemu, Capabilities)> {
     };
     let program = Program::locate(Some(Path::new(&directory)));
     let capabilities = discover(&program).await.unwrap();
-    Some((Qemu::new(program, &capabilities), capabilities))
+    Some((Qemu::new(program, capabilities.clone()), capabilities))
 }
 
 /// The user that a VM's process gets; without root there is only our own.
