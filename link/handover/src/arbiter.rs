@@ -32,7 +32,8 @@ pub fn holder(terms: &Terms, words: Words<'_>) -> Holder {
         (_, Some(Destination::Run)) | (Some(Source::HandedOver), _) => Holder::Host(terms.destination, terms.granted),
         (Some(Source::Kept { .. }), _) => Holder::Host(terms.source, terms.held),
         (Some(Source::Reclaimed), _) => Holder::Host(terms.source, terms.reclaimed),
-        (Some(Source::Unknown), Some(Destination::Void { .. })) => Holder::Host(terms.source, terms.held),
+        // It may have released, and even taken the VM back, in records that were lost: only the last of its generations is surely its own.
+        (Some(Source::Unknown), Some(Destination::Void { .. })) => Holder::Host(terms.source, terms.reclaimed),
         (Some(Source::Unknown), _) | (Some(Source::Released), Some(Destination::Unknown)) => Holder::Unknown,
         _ => Holder::Undecided,
     }

@@ -184,7 +184,8 @@ impl Destination {
             DestinationInput::Died { reason } => return self.void(reason),
             DestinationInput::GiveUp { reason } => {
                 *self = Self::Ending { reason };
-                return vec![DestinationEffect::Kill];
+                // In the journal first: a restarted agent must not decide `Run` for a process that is about to die.
+                return vec![DestinationEffect::Journal, DestinationEffect::Kill];
             }
             DestinationInput::Resend => return vec![DestinationEffect::Say(Message::Ask)],
             DestinationInput::Heard(_) => return vec![],
