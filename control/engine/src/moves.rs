@@ -472,8 +472,9 @@ pub(crate) fn expire(txn: &mut Txn<'_>, id: OperationId, vm: VmId, migration: &M
                     row.status.reason = Some(message.clone());
                 }
             });
-            cancel_once(txn, vm, terms.source, terms);
+            // The source's answer counts if it answers the newest order, so it is told last.
             cancel_once(txn, vm, terms.destination, terms);
+            cancel_once(txn, vm, terms.source, terms);
             txn.fail(id, Refusal::new(Code::TimedOut, message).hint(hint));
             reconcile::settle_terms(txn, vm);
         }

@@ -208,7 +208,12 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
         }
         (Happening::Off { .. }, FormerSource) => moves::forgot(txn, vm, said.host, "it is off there"),
         // Nobody orders a destination to stop what it is not known to have: this is an earlier stay, and it takes nothing.
-        (Happening::Off { cause: OffCause::Ordered }, Destination) => moves::voided(txn, vm, "it is off there"),
+        (
+            Happening::Off {
+                cause: OffCause::Ordered,
+            },
+            Destination,
+        ) => moves::voided(txn, vm, "it is off there"),
         (Happening::Off { cause }, Destination) => {
             // It ran there, and ended before we heard of it.
             moves::activated(txn, vm, said.revision, None);
@@ -263,7 +268,10 @@ fn is_reclaimable(txn: &Txn<'_>, said: &Said<'_>) -> bool {
 fn power(txn: &mut Txn<'_>, said: &Said<'_>) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
     let held = txn.holding(said.vm);
-    let kept = Refusal::new(Code::HostFailed, format!("VM {} was not moved: its source still has it", vm.name));
+    let kept = Refusal::new(
+        Code::HostFailed,
+        format!("VM {} was not moved: its source still has it", vm.name),
+    );
     if let Some(migration) = held.and_then(|held| held.migration()) {
         // While it moves the stages tell. But a source that is told to give up, and knows of no move, just says how the VM is.
         let told = migration.cancelling || migration.reason.is_some();
@@ -273,7 +281,11 @@ fn power(txn: &mut Txn<'_>, said: &Said<'_>) {
         return;
     }
     if held.is_none() && vm.status.moving.is_some() && vm.status.state == VmState::Migrating {
-        return moves::kept(txn, said.vm, &kept);
+        // An old word that comes twice must not decide who has it: only how it is now, or the answer to the order to give up.
+        if said.inventory || said.revision >= vm.status.ordered {
+            moves::kept(txn, said.vm, &kept);
+        }
+        return;
     }
     let is_off = matches!(vm.status.state, VmState::Inactive | VmState::Failed);
     if is_off && !said.inventory {
@@ -370,7 +382,10 @@ fn rebooted(txn: &mut Txn<'_>, said: &Said<'_>) {
 fn removed(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
     let answers = said.revision >= vm.status.ordered;
-    let deleting = txn.holding(said.vm).filter(|held| held.kind == OperationKind::DeleteVm).map(|held| held.id);
+    let deleting = txn
+        .holding(said.vm)
+        .filter(|held| held.kind == OperationKind::DeleteVm)
+        .map(|held| held.id);
     match deleting {
         Some(id) if answers => {
             lifecycle::erase(txn, said.vm);

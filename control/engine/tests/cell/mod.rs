@@ -169,7 +169,9 @@ impl Cell {
         let content = content();
         let micro = name("micro");
         cell.ask(Command::CreateTemplate { name: micro, content }).unwrap();
-        let (at, Order::Template(order)) = cell.sent.pop().unwrap() else { panic!("no fetch") };
+        let (at, Order::Template(order)) = cell.sent.pop().unwrap() else {
+            panic!("no fetch")
+        };
         cell.report(
             at,
             Report::Template(TemplateReport {
@@ -214,22 +216,7 @@ impl Cell {
 
     /// Takes a step, applies its changes to the follower, and checks every invariant.
     pub(crate) fn event(&mut self, event: Event) -> Vec<Effect> {
-        let before = std::env::var_os("ENGINE_TRACE").map(|_| {
-            eprintln!("{event:?}");
-        });
         let effects = step(&mut self.world, event, self.now);
-        if before.is_some() {
-            for effect in &effects {
-                match effect {
-                    Effect::Change(change) => match &**change {
-                        Change::Put(Row::Vm(vm)) => eprintln!("    {} {:?}", vm.name, vm.status),
-                        Change::Put(Row::Notice(n)) => eprintln!("    {} {} {}", n.what, n.name, n.detail),
-                        _ => {}
-                    },
-                    other => eprintln!("    {other:?}"),
-                }
-            }
-        }
         for effect in &effects {
             match effect {
                 Effect::Change(change) => {
@@ -268,7 +255,9 @@ impl Cell {
         let id = request.id;
         let effects = self.event(Event::Request(Box::new(request)));
         let refused = effects.iter().any(|effect| matches!(effect, Effect::Reply(_, Err(_))));
-        let changed = effects.iter().any(|effect| matches!(effect, Effect::Change(_) | Effect::Send(..)));
+        let changed = effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Change(_) | Effect::Send(..)));
         assert!(!(refused && changed), "a refused request changes nothing");
         let mut replies = effects.into_iter().filter_map(|effect| match effect {
             Effect::Reply(to, answer) => Some((to, answer)),
