@@ -129,7 +129,7 @@ impl Agent {
             .local_addr()
             .map_err(|source| StartError::Listen { address, source })?
             .port();
-        let qemu = qemu::Qemu::new(program, &capabilities);
+        let qemu = qemu::Qemu::new(program, capabilities);
         let parts = Parts {
             config,
             membership,
