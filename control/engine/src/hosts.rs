@@ -124,6 +124,21 @@ pub(crate) fn remove(txn: &mut Txn<'_>, request: &Request, reference: &Reference
         let message = format!("host {} still has {count} VMs, {} among them", host.name, vm.name);
         return Err(refuse(Code::WrongState, message, "move or delete them first"));
     }
+    // Removing a lost host says that it is gone for good: what it may still have of a VM counts as cleared. One that is
+    // connected can tell by itself.
+    if host.status.link == Link::Up
+        && let Some(vm) = world.index.vms_on(host.id).find_map(|id| world.vm(id))
+    {
+        let message = format!(
+            "host {} has not yet cleared away an earlier move of VM {}",
+            host.name, vm.name
+        );
+        return Err(refuse(
+            Code::Busy,
+            message,
+            "wait until it has, or stop its agent if it cannot",
+        ));
+    }
     let orders = world.outbox.range((host.id, crate::subject_min())..);
     let orders: Vec<Key> = orders
         .take_while(|((of, _), _)| *of == host.id)

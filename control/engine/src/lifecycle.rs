@@ -332,7 +332,7 @@ pub(crate) fn cold(world: &World, vm: &Vm) -> Result<(), Box<Refusal>> {
         vm.name,
         open.join(" or ")
     );
-    let hint = "let their agents connect and tell, or reboot those hosts; then ask again";
+    let hint = "let their agents connect and tell, or reboot those hosts; remove a host that is gone for good";
     Err(refuse(Code::WrongState, message, hint))
 }
 

@@ -1,5 +1,11 @@
 //! What the engine promises, one test a promise.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where its promise is broken"
+)]
+
 mod cell;
 
 use std::collections::BTreeMap;

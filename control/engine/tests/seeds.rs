@@ -1,6 +1,12 @@
 //! Seeded runs: random requests, and agents that answer rightly, late, twice, refuse, die, and come back with another boot. After
 //! every step the invariants of `engine::audit` hold, and a follower that applies the changes is the same world.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends where its promise is broken"
+)]
+
 mod cell;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -228,51 +234,62 @@ impl Run {
         self.agents.get_mut(&at).unwrap().reports.push_back(report);
     }
 
-    fn obey(&mut self, at: HostId, order: VmOrder) {
+    /// A host says that it will not, or could not.
+    fn refuse(&mut self, at: HostId, order: &VmOrder) {
+        let reason = Refusal::new(Code::HostFailed, "it did not work");
+        let report = Report::Vm(Box::new(VmReport {
+            vm: order.vm,
+            generation: order.generation,
+            revision: order.revision,
+            operation: Some(order.operation),
+            what: Happening::Refused { reason },
+        }));
+        self.agents.get_mut(&at).unwrap().reports.push_back(report);
+    }
+
+    /// Whether an order is not carried out: it is an old one, not legal now, or fails.
+    fn balks(&mut self, at: HostId, order: &VmOrder, known: Option<&Copy>) -> bool {
         let vm = order.vm;
-        let agent = self.agents.get_mut(&at).unwrap();
-        let known = agent.copies.get(&vm).cloned();
-        let refuse = |agent: &mut Agent| {
-            let reason = Refusal::new(Code::HostFailed, "it did not work");
-            agent.reports.push_back(Report::Vm(Box::new(VmReport {
-                vm,
-                generation: order.generation,
-                revision: order.revision,
-                operation: Some(order.operation),
-                what: Happening::Refused { reason },
-            })));
-        };
-        if let Some(known) = &known {
+        if let Some(known) = known {
             if order.revision <= known.revision {
-                let what = told(known);
-                return self.say(at, vm, what);
+                self.say(at, vm, told(known));
+                return true;
             }
             let moving = matches!(known.part, Part::Source(..) | Part::Waits(_));
             if order.generation < known.generation || moving && !matches!(order.verb, Verb::Cancel { .. }) {
-                return refuse(agent);
+                self.refuse(at, order);
+                return true;
             }
         }
-        let fails = self.chance.one_in(10);
-        if fails
-            && matches!(
-                order.verb,
-                Verb::Start { .. } | Verb::Receive { .. } | Verb::Pause | Verb::Remove { .. }
-            )
-        {
-            let part = known.map_or(Part::Removed, |known| match known.part {
-                Part::Off(_) => Part::Off(OffCause::Ordered),
-                part => part,
-            });
-            let (generation, revision, operation) = (order.generation, order.revision, Some(order.operation));
-            let copy = Copy {
-                generation,
-                revision,
-                operation,
-                part,
-            };
-            agent.copies.insert(vm, copy);
-            return refuse(agent);
+        let may = matches!(
+            order.verb,
+            Verb::Start { .. } | Verb::Receive { .. } | Verb::Pause | Verb::Remove { .. }
+        );
+        if !(self.chance.one_in(10) && may) {
+            return false;
         }
+        let part = known.map_or(Part::Removed, |known| match &known.part {
+            Part::Off(_) => Part::Off(OffCause::Ordered),
+            part => part.clone(),
+        });
+        let copy = Copy {
+            generation: order.generation,
+            revision: order.revision,
+            operation: Some(order.operation),
+            part,
+        };
+        self.agents.get_mut(&at).unwrap().copies.insert(vm, copy);
+        self.refuse(at, order);
+        true
+    }
+
+    fn obey(&mut self, at: HostId, order: VmOrder) {
+        let vm = order.vm;
+        let known = self.agents[&at].copies.get(&vm).cloned();
+        if self.balks(at, &order, known.as_ref()) {
+            return;
+        }
+        let agent = self.agents.get_mut(&at).unwrap();
         let before = known.map_or(Part::Removed, |known| known.part);
         let mut copy = Copy {
             generation: order.generation,
@@ -283,7 +300,7 @@ impl Run {
         let alive = matches!(before, Part::Runs | Part::Stands);
         let off = || Part::Off(OffCause::Ordered);
         let resets = matches!(order.verb, Verb::Reboot);
-        copy.part = match (order.verb, before) {
+        copy.part = match (order.verb.clone(), before) {
             (Verb::Start { .. }, _) => {
                 let first = self.ran.insert((vm, order.generation), at);
                 assert!(first.is_none_or(|first| first == at), "a generation ran on two hosts");
@@ -312,7 +329,7 @@ impl Run {
             (Verb::Cancel { .. }, part) => part,
             (_, part) => {
                 agent.copies.entry(vm).or_insert(copy).part = part;
-                return refuse(agent);
+                return self.refuse(at, &order);
             }
         };
         let what = if resets { Happening::Rebooted } else { told(&copy) };
