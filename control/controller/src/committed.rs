@@ -67,14 +67,19 @@ impl Committed {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins anew from all rows; watchers stay.
+    /// Begins anew from all rows; watchers stay, and are told of notices of a commit that failed only as far as could be seen.
     pub(crate) fn load(&self, rows: &[Row]) {
-        let mut index = Index::default();
+        let mut fresh = Index::default();
         for row in rows {
-            index.put(row, None);
+            fresh.put(row, None);
         }
-        index.notices.make_contiguous().sort_by_key(|notice| notice.sequence);
-        *self.index() = index;
+        fresh.notices.make_contiguous().sort_by_key(|notice| notice.sequence);
+        let mut index = self.index();
+        let told = index.newest();
+        for notice in fresh.notices.iter().filter(|notice| notice.sequence > told) {
+            let _ = self.told.send(Told::Notice(notice.clone()));
+        }
+        *index = fresh;
     }
 
     /// Takes committed changes in, and tells watchers of new notices.
@@ -111,11 +116,7 @@ impl Committed {
 
     /// The position of the newest notice.
     pub(crate) fn newest(&self) -> Sequence {
-        self.index()
-            .notices
-            .back()
-            .map(|notice| notice.sequence)
-            .unwrap_or_default()
+        self.index().newest()
     }
 
     pub(crate) fn token(&self, id: TokenId) -> Option<ApiToken> {
@@ -187,6 +188,10 @@ impl Index {
             Row::Notice(notice) => self.notices.push_back(Arc::new(notice.as_ref().clone())),
             _ => {}
         }
+    }
+
+    fn newest(&self) -> Sequence {
+        self.notices.back().map(|notice| notice.sequence).unwrap_or_default()
     }
 
     fn delete(&mut self, key: &Key) {

@@ -1,6 +1,9 @@
 //! The edges' only way in: ask, submit, watch.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use engine::World;
@@ -36,6 +39,9 @@ use crate::{
     watch::{WatchItem, watch},
 };
 
+/// How long the answer to a request with an idempotency key is kept.
+const ANSWER_KEPT: Duration = Duration::from_secs(24 * 3600);
+
 /// How a request is made.
 #[derive(Clone, Debug, Default)]
 pub struct SubmitOptions {
@@ -58,6 +64,7 @@ pub(crate) struct Shared {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) health: watch::Receiver<Health>,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) started: Instant,
 }
 
 /// The edges' only way in. Cheap to clone.
@@ -101,7 +108,8 @@ impl Handle {
 
     /// What the same request led to in an earlier process. One of this process is known to the engine.
     async fn answered(&self, actor: &Actor, options: &SubmitOptions) -> Result<Option<Operation>, Refusal> {
-        let Some(key) = options.key.as_ref().filter(|_| !options.dry_run) else {
+        let of_this_process = self.0.started.elapsed() > ANSWER_KEPT;
+        let Some(key) = options.key.as_ref().filter(|_| !options.dry_run && !of_this_process) else {
             return Ok(None);
         };
         let unreadable = |error: crate::StorageError| read_only(&error.story());
@@ -288,6 +296,12 @@ impl Handle {
     #[must_use]
     pub fn health(&self) -> Health {
         self.0.health.borrow().clone()
+    }
+
+    /// `HOST:PORT` of the interface, as others reach it: what follows the `@` in `godwit agent --join TOKEN@HOST:PORT`.
+    #[must_use]
+    pub fn api_endpoint(&self) -> &str {
+        &self.0.authority.api_endpoint
     }
 
     pub(crate) fn authority(&self) -> &Authority {

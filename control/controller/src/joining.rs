@@ -41,6 +41,8 @@ pub(crate) struct Authority {
     pub(crate) cluster: ClusterAuthority,
     /// `HOST:PORT` of the agents' port, as hosts reach it.
     pub(crate) agent_endpoint: String,
+    /// `HOST:PORT` of the interface, as others reach it.
+    pub(crate) api_endpoint: String,
 }
 
 impl Authority {

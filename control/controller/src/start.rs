@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use axum::Router;
@@ -143,10 +143,11 @@ impl Controller {
         let authority = Arc::new(Authority {
             cluster,
             agent_endpoint: endpoint(&name, agents_address),
+            api_endpoint: endpoint(&name, api_address),
         });
         let ports = certificates(&authority, &config.names)?;
         let stored = begin_world(&*storage, stored, &config, &state).await?;
-        write_client_files(&state, &authority, &endpoint(&name, api_address))?;
+        write_client_files(&state, &authority)?;
         let blobs = in_state(state.blobs(), Blobs::open)?;
 
         let metrics = Arc::new(Metrics::new());
@@ -164,6 +165,7 @@ impl Controller {
             storage: storage.clone(),
             health: health_end,
             clock: Arc::new(Clock::start()),
+            started: Instant::now(),
         };
         let parts = Parts {
             storage,
@@ -348,11 +350,11 @@ async fn begin_world(
 }
 
 /// For clients on this machine. Written at each start: ports and names may have changed.
-fn write_client_files(state: &StateDir, authority: &Authority, server: &str) -> Result<(), StartError> {
+fn write_client_files(state: &StateDir, authority: &Authority) -> Result<(), StartError> {
     let certificate = authority.cluster.certificate().to_pem();
     in_state(state.ca_certificate(), |path| fs::write(path, certificate))?;
     let client = ClientFile {
-        server: format!("https://{server}"),
+        server: format!("https://{}", authority.api_endpoint),
         ca: state.ca_certificate(),
         token_file: state.admin_token(),
     };

@@ -69,6 +69,27 @@ async fn a_client_of_http_1_is_answered_and_its_address_is_known() {
 }
 
 #[tokio::test]
+async fn a_request_that_two_servers_would_read_in_two_ways_smuggles_no_second_one() {
+    let (cell, address) = serving().await;
+    for request in [
+        // Both lengths: one answer by the chunks, then the connection is closed (RFC 9112, section 6.1).
+        "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nabcde",
+        "POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, x\r\n\r\n0\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost : x\r\n\r\n",
+    ] {
+        let mut stream = connect(&cell, address, &[b"http/1.1"]).await;
+        let smuggled = format!("{request}GET / HTTP/1.1\r\nhost: x\r\n\r\n");
+        stream.write_all(smuggled.as_bytes()).await.unwrap();
+        let answer = rest(&mut stream).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 4") && answer.matches("HTTP/1.1").count() == 1,
+            "{request}: {answer}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_client_of_http_2_is_answered() {
     use http_body_util::{BodyExt as _, Empty};
     let (cell, address) = serving().await;

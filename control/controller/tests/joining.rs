@@ -88,12 +88,7 @@ async fn a_host_renews_its_certificate_over_its_own_connection() {
     let key = NodeKey::generate().unwrap();
     let csr_pem = identity::pem("CERTIFICATE REQUEST", &key.request().unwrap());
     let body = serde_json::to_vec(&wire::RenewRequest { csr_pem }).unwrap();
-    let json = Some(("content-type", "application/json"));
-    let request = {
-        let body = axum::body::Bytes::from(body);
-        link.post_whole(wire::session::RENEW_PATH, json, body)
-    };
-    let (status, body) = request.await;
+    let (status, body) = link.post_whole(wire::session::RENEW_PATH, None, body.into()).await;
     assert_eq!(status, 200, "{body:?}");
     let response: wire::RenewResponse = serde_json::from_slice(&body).unwrap();
     let certificate = CertificateDer::from_pem_slice(response.certificate_pem.as_bytes()).unwrap();

@@ -237,3 +237,39 @@ async fn a_full_disk_closes_sessions_and_they_resume_when_it_is_not() {
     session.report(2, facts(2, 1)).await;
     session.acknowledged(2).await;
 }
+
+#[tokio::test]
+async fn a_host_without_an_agent_is_an_alarm_after_ten_seconds_and_none_when_it_comes_back_before() {
+    let cell = Cell::start().await;
+    let (gone, back) = (cell.join("gone").await, cell.join("back").await);
+    let sessions = (gone.session(&cell, RUN).await, back.session(&cell, RUN).await);
+    let mut watch = cell.handle.watch(cell.admin(), None);
+    let begun = std::time::Instant::now();
+    sessions.0.cut();
+    sessions.1.cut();
+    let mut session = back.session(&cell, RUN).await;
+    let heartbeat = session.up.clone();
+    let alarm = async {
+        tokio::select! {
+            item = watch.next() => match item {
+                Some(controller::WatchItem::Notice(notice)) => notice,
+                other => panic!("{other:?}"),
+            },
+            _ = session.next() => panic!("the session has nothing to say"),
+        }
+    };
+    let alive = async {
+        let beat = wire::encode(&Up::Heartbeat, 100).unwrap();
+        let mut every = tokio::time::interval(wire::session::HEARTBEAT);
+        loop {
+            every.tick().await;
+            heartbeat.send(beat.clone()).await.unwrap();
+        }
+    };
+    let notice = tokio::select! {
+        notice = tokio::time::timeout(PATIENCE, alarm) => notice.unwrap(),
+        () = alive => unreachable!(),
+    };
+    assert_eq!((notice.what.as_str(), notice.id), ("host.lost", gone.id.0));
+    assert!(begun.elapsed() >= wire::session::LOST_AFTER - std::time::Duration::from_secs(1));
+}

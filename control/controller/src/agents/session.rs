@@ -44,9 +44,9 @@ pub(super) async fn open(
     known(&agents, host)?;
     let mut frames = Frames::new(body);
     let hello = match timeout(HELLO_MAX, frames.next()).await {
-        Ok(Ok(Some(Up::Hello(hello)))) => hello,
-        Ok(Ok(_)) => return Err(refused("a session begins with a hello")),
-        Ok(Err(story)) => return Err(refused(story)),
+        Ok(Ok(Up::Hello(hello))) => hello,
+        Ok(Err(End::Wrong(story))) => return Err(refused(story)),
+        Ok(_) => return Err(refused("a session begins with a hello")),
         Err(_) => return Err(refused("no hello came in time")),
     };
     let Some(version) = wire::negotiate(hello.version_min, hello.version_max) else {
@@ -121,19 +121,20 @@ impl Frames {
         }
     }
 
-    /// The next frame; `None` at the end. The error is the whole story, for the agent's log.
-    async fn next(&mut self) -> Result<Option<Up>, String> {
+    /// The next frame. Bytes of a long frame that is still under way are a sign of life.
+    async fn next(&mut self) -> Result<Up, End> {
         loop {
-            if let Some(frame) = self.decoder.next_message().map_err(|error| story(&error))? {
-                return Ok(Some(frame));
+            if let Some(frame) = self.decoder.next_message().map_err(|error| End::Wrong(story(&error)))? {
+                return Ok(frame);
             }
-            match self.body.next().await {
-                Some(Ok(piece)) => self.decoder.push(&piece),
-                Some(Err(error)) => return Err(error.to_string()),
-                None => {
-                    self.decoder.finish().map_err(|error| story(&error))?;
-                    return Ok(None);
+            match timeout(LOST_AFTER, self.body.next()).await {
+                Ok(Some(Ok(piece))) => self.decoder.push(&piece),
+                Ok(Some(Err(error))) => return Err(End::Wrong(error.to_string())),
+                Ok(None) => {
+                    self.decoder.finish().map_err(|error| End::Wrong(story(&error)))?;
+                    return Err(End::Closed);
                 }
+                Err(_) => return Err(End::Silent),
             }
         }
     }
@@ -157,6 +158,7 @@ struct Reader {
     state: watch::Receiver<SessionState>,
 }
 
+/// How a session's reading ends.
 enum End {
     /// The connection is gone, or the loop or the agent has closed the session.
     Closed,
@@ -195,15 +197,13 @@ impl Reader {
         tokio::pin!(let_go);
         loop {
             let frame = tokio::select! {
-                frame = timeout(LOST_AFTER, self.frames.next()) => frame,
+                frame = self.frames.next() => frame,
                 () = self.closing.closed() => return End::Closed,
                 () = &mut let_go => return End::Closed,
             };
             let frame = match frame {
-                Ok(Ok(Some(frame))) => frame,
-                Ok(Ok(None)) => return End::Closed,
-                Ok(Err(story)) => return End::Wrong(story),
-                Err(_) => return End::Silent,
+                Ok(frame) => frame,
+                Err(end) => return end,
             };
             if let Err(end) = take(&self.agents, self.host, self.session, frame).await {
                 return end;
