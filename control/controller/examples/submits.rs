@@ -9,7 +9,6 @@
 )]
 
 use std::{
-    fs::File,
     io::Write as _,
     path::Path,
     time::{Duration, Instant},
@@ -20,27 +19,26 @@ use identity::NodeKey;
 use model::{Command, Millis, name::Reference};
 use wire::{JoinRequest, Ticket};
 
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
 #[tokio::main]
-async fn main() {
+async fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
     let directory = arguments.next().expect("a directory on a real disk");
-    let clients: usize = arguments.next().map_or(64, |text| text.parse().unwrap());
-    let requests: usize = arguments.next().map_or(20_000, |text| text.parse().unwrap());
-    let fsync = fsync_median(Path::new(&directory));
-    let state = tempfile::tempdir_in(&directory).unwrap();
-    let (controller, handle) = Controller::start(config(state.path())).await.unwrap();
-    let token = std::fs::read_to_string(state.path().join("admin.token")).unwrap();
-    let admin = handle.authenticate(token.trim()).unwrap();
-    let join_token = handle
-        .add_join_token(admin.clone(), Millis::seconds(3600))
-        .await
-        .unwrap();
+    let clients: usize = arguments.next().map_or(Ok(64), |text| text.parse())?;
+    let requests: usize = arguments.next().map_or(Ok(20_000), |text| text.parse())?;
+    let fsync = fsync_median(Path::new(&directory))?;
+    let state = tempfile::tempdir_in(&directory)?;
+    let (controller, handle) = Controller::start(config(state.path())?).await?;
+    let token = std::fs::read_to_string(state.path().join("admin.token"))?;
+    let admin = handle.authenticate(token.trim())?;
+    let join_token = handle.add_join_token(admin.clone(), Millis::seconds(3600)).await?;
     let request = JoinRequest {
         token: Ticket::new(join_token),
-        csr_pem: identity::pem("CERTIFICATE REQUEST", &NodeKey::generate().unwrap().request().unwrap()),
-        name: "h1".parse().unwrap(),
+        csr_pem: identity::pem("CERTIFICATE REQUEST", &NodeKey::generate()?.request()?),
+        name: "h1".parse()?,
     };
-    let host = handle.join(request).await.unwrap().host;
+    let host = handle.join(request).await?.host;
 
     let begun = Instant::now();
     let tasks: Vec<_> = (0..clients)
@@ -54,23 +52,20 @@ async fn main() {
                         schedulable: (n + client) % 2 == 0,
                     };
                     let asked = Instant::now();
-                    handle
-                        .submit(admin.clone(), command, SubmitOptions::default())
-                        .await
-                        .unwrap();
+                    handle.submit(admin.clone(), command, SubmitOptions::default()).await?;
                     times.push(asked.elapsed());
                 }
-                times
+                Ok::<_, Failure>(times)
             })
         })
         .collect();
     let mut times = Vec::new();
     for task in tasks {
-        times.extend(task.await.unwrap());
+        times.extend(task.await??);
     }
     let took = begun.elapsed();
     times.sort_unstable();
-    let rate = f64::from(u32::try_from(times.len()).unwrap()) / took.as_secs_f64();
+    let rate = f64::from(u32::try_from(times.len())?) / took.as_secs_f64();
     println!(
         "{} requests of {clients} clients: {rate:.0}/s, median {:?}, p99 {:?}; bare fsync median {fsync:?}",
         times.len(),
@@ -83,34 +78,35 @@ async fn main() {
         .filter(|line| line.contains("commit_seconds_sum") || line.contains("commit_seconds_count"));
     totals.for_each(|line| println!("{line}"));
     controller.stop().await;
+    Ok(())
 }
 
-fn config(state: &Path) -> Config {
-    Config {
+fn config(state: &Path) -> Result<Config, std::net::AddrParseError> {
+    Ok(Config {
         state: state.to_owned(),
-        api_listen: "127.0.0.1:0".parse().unwrap(),
-        agents_listen: "127.0.0.1:0".parse().unwrap(),
+        api_listen: "127.0.0.1:0".parse()?,
+        agents_listen: "127.0.0.1:0".parse()?,
         names: vec!["127.0.0.1".to_owned()],
         network: DefaultNetwork {
-            address: "10.91.0.0".parse().unwrap(),
+            address: "10.91.0.0".parse()?,
             prefix: 24,
             gateway: None,
-            first: "10.91.0.10".parse().unwrap(),
-            last: "10.91.0.99".parse().unwrap(),
+            first: "10.91.0.10".parse()?,
+            last: "10.91.0.99".parse()?,
         },
-    }
+    })
 }
 
 /// Median of appending 4 KiB and waiting for the disk.
-fn fsync_median(directory: &Path) -> Duration {
-    let mut file = tempfile::tempfile_in(directory).unwrap();
-    let once = |file: &mut File| {
+fn fsync_median(directory: &Path) -> std::io::Result<Duration> {
+    let mut file = tempfile::tempfile_in(directory)?;
+    let mut times = Vec::with_capacity(200);
+    for _ in 0..200 {
         let begun = Instant::now();
-        file.write_all(&[1; 4096]).unwrap();
-        file.sync_data().unwrap();
-        begun.elapsed()
-    };
-    let mut times: Vec<Duration> = (0..200).map(|_| once(&mut file)).collect();
+        file.write_all(&[1; 4096])?;
+        file.sync_data()?;
+        times.push(begun.elapsed());
+    }
     times.sort_unstable();
-    times[times.len() / 2]
+    Ok(times[times.len() / 2])
 }
