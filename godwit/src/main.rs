@@ -1,3 +1,97 @@
-//! Godwit: provisions virtual machines and moves them while they run.
+//! Godwit: provisions virtual machines on a pool of hosts and moves them while they run. This binary is all of it: controller,
+//! agent, both at once, and the command line.
+//!
+//! ```text
+//!   godwit up ─────────┬─▶ controller ◀── rest ◀── HTTPS ── client ◀── commands ◀── godwit vm, host, template, op, ...
+//!   godwit controller ─┘        ▲                                          └──▶ out: table, JSON, YAML, progress
+//!   godwit agent ───────────────┘ ── starts ──▶ godwit tunnel (one for each end of a migration)
+//! ```
+//!
+//! Invariants:
+//! - The tunnel starts before anything else is built: a guest's migration waits for it.
+//! - What a server says is printed with its control characters made visible; what a client says goes to standard error.
+//! - Each way of failing has its exit code (`godwit help exit-codes`), and says what failed, why, and what to do next.
+//! - A closed standard output ends a command quietly.
 
-fn main() {}
+mod cli;
+mod client;
+mod commands;
+mod exit;
+mod follow;
+mod out;
+mod shutdown;
+
+use std::{ffi::OsString, io::IsTerminal as _, path::Path, process::ExitCode};
+
+use clap::{CommandFactory as _, Parser as _};
+use clap_complete::CompleteEnv;
+use tracing_subscriber::EnvFilter;
+
+use cli::{Cli, Command};
+use exit::{Exit, Failure};
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|word| word == "tunnel") {
+        return tunnel(&arguments[2..]);
+    }
+    if let Some(at) = arguments.iter().position(|word| word.to_str().is_none()) {
+        return Failure::new(Exit::Usage, format!("argument {at} is not UTF-8"))
+            .hint("give names in UTF-8")
+            .report();
+    }
+    CompleteEnv::with_factory(Cli::command).complete();
+    match Cli::try_parse_from(arguments) {
+        Ok(cli) => run(cli),
+        Err(error) => {
+            // A closed terminal is no reason to fail differently.
+            let _ = error.print();
+            ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+        }
+    }
+}
+
+/// One end of a migration. Called by the agent, with exactly `--spec PATH`.
+fn tunnel(words: &[OsString]) -> ExitCode {
+    let [flag, spec] = words else {
+        return Failure::new(Exit::Usage, "tunnel takes --spec PATH; agents start it, people do not").report();
+    };
+    if flag != "--spec" {
+        return Failure::new(Exit::Usage, "tunnel takes --spec PATH; agents start it, people do not").report();
+    }
+    match agent::tunnel::main(Path::new(spec)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => Failure::of(Exit::Failed, &error).report(),
+    }
+}
+
+fn run(cli: Cli) -> ExitCode {
+    let serves = matches!(cli.command, Command::Up(_) | Command::Controller(_) | Command::Agent(_));
+    log(if serves { "info" } else { "error" });
+    let runtime = if serves {
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    } else {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()
+    };
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::of(Exit::Failed, &error).report(),
+    };
+    let ended = runtime.block_on(commands::run(cli));
+    // A read of the terminal may be under way for ever.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Logs go to standard error, from the level that `GODWIT_LOG` gives (`info`, `agent=debug`, ...).
+fn log(default: &str) {
+    let filter = EnvFilter::try_from_env("GODWIT_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal());
+    // Fails only where a log was set up before; there is none.
+    let _ = logs.with_writer(std::io::stderr).try_init();
+}

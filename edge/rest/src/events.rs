@@ -1,6 +1,6 @@
 //! `/v1/events`: the cell's notices and operations' progress as server-sent events, resumable.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, task::Poll, time::Duration};
 
 use axum::{
     extract::State,
@@ -8,7 +8,7 @@ use axum::{
     response::sse::{Event, KeepAlive, Sse},
 };
 use controller::WatchItem;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use model::{OperationId, Sequence, operation::Progress};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -26,6 +26,14 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 pub(crate) struct After {
     /// The sequence number of the last event that was seen; without it, from now on. `Last-Event-ID` goes before it.
     after: Option<u64>,
+    /// Whether to go on with what happens from now on; otherwise the stream ends with what has happened.
+    #[serde(default = "yes")]
+    #[param(default = true)]
+    follow: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// How far an operation is: the data of an event `progress`.
@@ -42,9 +50,9 @@ pub(crate) struct ProgressEvent {
 #[utoipa::path(get, path = "/v1/events", tag = "events",
     params(After, ("Last-Event-ID" = Option<u64>, Header, description = "the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream", body = String), (status = "4XX", body = Problem)))]
-pub(crate) async fn stream(
+pub(crate) async fn follow(
     State(app): State<App>,
-    Read(actor, After { after }): Read<After>,
+    Read(actor, After { after, follow }): Read<After>,
     headers: HeaderMap,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
     let after = match headers.get("last-event-id") {
@@ -60,8 +68,25 @@ pub(crate) async fn stream(
             Some(number.ok_or_else(wrong)?)
         }
     };
-    let events = app.handle.watch(actor, after.map(Sequence)).map(|item| Ok(event(item)));
+    let told = app.handle.watch(actor, after.map(Sequence));
+    let told = if follow {
+        told.left_stream()
+    } else {
+        happened(told).right_stream()
+    };
+    let events = told.map(|item| Ok(event(item)));
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT)))
+}
+
+/// What is there without waiting. The scheduler's budget is left aside: used up, it would look like an end.
+fn happened(mut told: impl Stream<Item = WatchItem> + Unpin) -> impl Stream<Item = WatchItem> {
+    stream::poll_fn(move |context| {
+        let next = std::pin::pin!(tokio::task::unconstrained(told.next())).poll(context);
+        match next {
+            Poll::Ready(item) => Poll::Ready(item),
+            Poll::Pending => Poll::Ready(None),
+        }
+    })
 }
 
 fn event(item: WatchItem) -> Event {

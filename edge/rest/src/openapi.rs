@@ -62,7 +62,7 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(inventory::networks))
         .routes(routes!(inventory::pools))
         .routes(routes!(inventory::volumes))
-        .routes(routes!(events::stream))
+        .routes(routes!(events::follow))
         .routes(routes!(system::health))
         .routes(routes!(system::metrics))
         .routes(routes!(system::document))

@@ -1,0 +1,153 @@
+//! The command line: nouns, then verbs, then what they take.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    client::locate::Flags,
+    commands::{agent, completion, controller, events, host, network, op, pool, template, up, vm},
+    exit::EXIT_CODES,
+    out::Format,
+};
+
+/// Provisions virtual machines on a pool of hosts and moves them while they run
+#[derive(Parser, Debug)]
+#[command(name = "godwit", version, after_long_help = EXIT_CODES, propagate_version = false)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct Common {
+    /// State directory: a server's own; for other commands, of the server on this machine that they ask
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// The server to ask [env: GODWIT_SERVER]
+    #[arg(long, global = true, value_name = "https://HOST:PORT")]
+    pub(crate) server: Option<String>,
+    /// File with the certificate of the server's authority [env: GODWIT_CA]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// File with the token to ask with, mode 0600 [env: GODWIT_TOKEN_FILE]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// How results are printed
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) output: Format,
+}
+
+impl Common {
+    pub(crate) fn flags(&self) -> Flags {
+        Flags {
+            state: self.state.clone(),
+            server: self.server.clone(),
+            ca: self.ca.clone(),
+            token_file: self.token_file.clone(),
+        }
+    }
+}
+
+/// The nouns.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Run a controller and an agent on this machine
+    Up(Box<up::Up>),
+    /// Run the controller
+    Controller(Box<controller::Controller>),
+    /// Run the agent of this host
+    Agent(Box<agent::Agent>),
+    /// Machines that run VMs
+    #[command(subcommand)]
+    Host(host::Host),
+    /// What VMs are made from
+    #[command(subcommand)]
+    Template(template::Template),
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(vm::Vm),
+    /// Operations: slow work, under way or over
+    #[command(subcommand)]
+    Op(op::Op),
+    /// What happens, as it happens
+    Events(events::Events),
+    /// Networks
+    #[command(subcommand)]
+    Network(network::Network),
+    /// Storage pools
+    #[command(subcommand)]
+    Pool(pool::Pool),
+    /// Print the script that completes commands and names in a shell
+    Completion(completion::Completion),
+    /// How commands end
+    #[command(name = "exit-codes", hide = true, long_about = EXIT_CODES)]
+    ExitCodes,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(words: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(words.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_documents_show_is_understood() {
+        for line in [
+            "godwit up",
+            "godwit up --state /srv/godwit",
+            "godwit controller --state /s --listen 10.0.0.1:1 --agent-listen 10.0.0.1:2 --name 10.0.0.1 --name c.example --subnet 10.91.0.0/24 --gateway 10.91.0.1 --range 10.91.0.50-10.91.0.250",
+            "godwit agent --state /s --run-dir /r --pool shared=/srv/a --pool local=/srv/b --bridge godwit0 --uplink vm0 --name h1 --address 10.0.0.1 --gateway 10.91.0.1/24 --mtu 1400 --qemu /usr/bin/qemu-system-x86_64",
+            "godwit --state /s vm list",
+            "godwit vm list -o json",
+            "godwit host add-token -o json",
+            "godwit template build micro",
+            "godwit template import debian disk.qcow2 --format qcow2",
+            "godwit template import mine --kernel vmlinuz --initrd initrd --cmdline console=ttyS0",
+            "godwit vm create web1 --template micro --memory 512M --vcpus 1 --host h1 --wait -o json",
+            "godwit vm create web1 --template micro --dry-run",
+            "godwit vm migrate web1 --to h2 --wait -o json",
+            "godwit vm migrate web1 --dry-run",
+            "godwit vm stop web1 --grace 5 --no-wait",
+            "godwit vm delete web1 --wait",
+            "godwit op wait 0197b2a0-0000-7000-8000-000000000000 --timeout 5",
+            "godwit events --follow --after 7",
+            "godwit completion bash",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_the_code_for_usage() {
+        for line in [
+            "godwit vm create ../x --template micro",
+            "godwit vm create web1",
+            "godwit vm create web1 --template micro --vcpus 0",
+            "godwit vm create web1 --template micro --vcpus -1",
+            "godwit vm create web1 --template micro --memory 1e400",
+            "godwit vm start -drive",
+            "godwit vm list -o xml",
+            "godwit agent --pool shared",
+            "godwit agent --join gwj1.x@h",
+            "godwit controller --subnet 10.91.0.0",
+            "godwit controller --range 10.91.0.9-10.91.0.1",
+            "godwit op show not-an-id",
+            "godwit frobnicate",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+}

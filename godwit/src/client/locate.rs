@@ -1,0 +1,271 @@
+//! Where the server is, which authority it must be of, and with which token it is asked.
+//!
+//! In this order, each part by itself: `--server`, `--ca`, `--token-file`; the client file of `--state DIR`; `GODWIT_SERVER`, `GODWIT_CA`,
+//! `GODWIT_TOKEN_FILE`; the client files in `~/.config/godwit` and `/var/lib/godwit`.
+
+use std::{
+    ffi::OsString,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use controller::ClientFile;
+use hyper::header::HeaderValue;
+use identity::{Address, ApiToken, CaCertificate};
+
+use crate::exit::{Exit, Failure, chain};
+
+/// Longest client file or certificate, bytes.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// The interface's port where an address names none.
+const PORT: u16 = 7443;
+
+/// A server and how it is asked. Nothing here is shown by `Debug`.
+#[derive(Clone)]
+pub(crate) struct Server {
+    pub(crate) address: Address,
+    pub(crate) address_from: String,
+    pub(crate) authority: CaCertificate,
+    pub(crate) authority_from: String,
+    token: ApiToken,
+    pub(crate) token_from: String,
+}
+
+impl Server {
+    /// The value of the `Authorization` header.
+    pub(super) fn bearer(&self) -> HeaderValue {
+        let value = HeaderValue::try_from(format!("Bearer {}", self.token.reveal()));
+        let mut value = value.expect("a token is letters and digits");
+        value.set_sensitive(true);
+        value
+    }
+}
+
+/// What the command line says of the server.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Flags {
+    pub(crate) state: Option<PathBuf>,
+    pub(crate) server: Option<String>,
+    pub(crate) ca: Option<PathBuf>,
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// One part of the answer, and where it is from.
+type Found<T> = Option<(T, String)>;
+
+#[derive(Default)]
+struct Parts {
+    server: Found<String>,
+    ca: Found<PathBuf>,
+    token_file: Found<PathBuf>,
+    looked: Vec<String>,
+}
+
+impl Parts {
+    fn is_whole(&self) -> bool {
+        self.server.is_some() && self.ca.is_some() && self.token_file.is_some()
+    }
+
+    fn add(&mut self, server: Found<String>, ca: Found<PathBuf>, token_file: Found<PathBuf>) {
+        self.server = self.server.take().or(server);
+        self.ca = self.ca.take().or(ca);
+        self.token_file = self.token_file.take().or(token_file);
+    }
+
+    /// Adds what a client file has; one that is not there has nothing.
+    fn add_file(&mut self, path: &Path) -> Result<bool, Failure> {
+        self.looked.push(path.display().to_string());
+        let file = match std::fs::File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                self.looked.push("  (which this user may not read)".to_owned());
+                return Ok(false);
+            }
+            Err(error) => return Err(unusable(path, &chain(&error))),
+        };
+        let mut text = Vec::new();
+        file.take(FILE_BYTES_MAX)
+            .read_to_end(&mut text)
+            .map_err(|error| unusable(path, &chain(&error)))?;
+        let found: ClientFile = serde_json::from_slice(&text).map_err(|error| unusable(path, &chain(&error)))?;
+        let from = path.display().to_string();
+        self.add(
+            Some((found.server, from.clone())),
+            Some((found.ca, from.clone())),
+            Some((found.token_file, from)),
+        );
+        Ok(true)
+    }
+}
+
+/// Finds the server. `env` gives environment variables.
+pub(crate) fn locate(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Server, Failure> {
+    let mut parts = Parts::default();
+    parts.add(
+        flags.server.clone().map(|server| (server, "--server".to_owned())),
+        flags.ca.clone().map(|ca| (ca, "--ca".to_owned())),
+        flags.token_file.clone().map(|file| (file, "--token-file".to_owned())),
+    );
+    if let Some(state) = &flags.state
+        && !parts.is_whole()
+        && !parts.add_file(&state.join("client.json"))?
+    {
+        parts.add_file(&state.join("controller/client.json"))?;
+    }
+    let text = |name: &str| env(name).filter(|value| !value.is_empty());
+    let path = |name: &str| text(name).map(|value| (PathBuf::from(value), name.to_owned()));
+    let server = text("GODWIT_SERVER").and_then(|value| value.into_string().ok());
+    parts.add(
+        server.map(|server| (server, "GODWIT_SERVER".to_owned())),
+        path("GODWIT_CA"),
+        path("GODWIT_TOKEN_FILE"),
+    );
+    let config = text("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| text("HOME").map(|home| PathBuf::from(home).join(".config")));
+    let files = [
+        config.map(|config| config.join("godwit/client.json")),
+        Some("/var/lib/godwit/controller/client.json".into()),
+    ];
+    for file in files.into_iter().flatten() {
+        if parts.is_whole() || (parts.add_file(&file)? && parts.is_whole()) {
+            break;
+        }
+    }
+    open(parts)
+}
+
+fn open(parts: Parts) -> Result<Server, Failure> {
+    let (Some(server), Some(ca), Some(token)) = (parts.server, parts.ca, parts.token_file) else {
+        let message = format!(
+            "no server is known; looked for --server, --ca and --token-file, GODWIT_SERVER, GODWIT_CA and GODWIT_TOKEN_FILE, and in: {}",
+            parts.looked.join(", ")
+        );
+        return Err(Failure::new(Exit::Unreachable, message)
+            .hint("start one here with `godwit up`, or give --state DIR of one that runs here"));
+    };
+    let address = address(&server.0).map_err(|why| {
+        Failure::new(Exit::Usage, format!("the server's address from {}: {why}", server.1))
+            .hint("give https://HOST:PORT")
+    })?;
+    let mut pem = Vec::new();
+    let opened = std::fs::File::open(&ca.0).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut pem));
+    opened.map_err(|error| unusable(&ca.0, &chain(&error)))?;
+    let authority = CaCertificate::from_pem(&pem).map_err(|error| unusable(&ca.0, &chain(&error)))?;
+    let token_from = token.0.display().to_string();
+    let token = ApiToken::read_file(&token.0).map_err(|error| {
+        Failure::of(Exit::Failed, &error).hint("give a token file of your own with --token-file, mode 0600")
+    })?;
+    Ok(Server {
+        address,
+        address_from: server.1,
+        authority,
+        authority_from: ca.0.display().to_string(),
+        token,
+        token_from,
+    })
+}
+
+fn address(text: &str) -> Result<Address, String> {
+    let bare = match text.split_once("://") {
+        Some(("https", bare)) => bare.strip_suffix('/').unwrap_or(bare),
+        Some(_) => return Err("only https is spoken".to_owned()),
+        None => text,
+    };
+    bare.parse()
+        .or_else(|first: identity::AddressError| format!("{bare}:{PORT}").parse().map_err(|_| first.to_string()))
+}
+
+fn unusable(path: &Path, why: &str) -> Failure {
+    Failure::new(Exit::Failed, format!("cannot use {}: {why}", path.display())).hint("check the file, or name another")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            let place = Self(tempfile::tempdir().unwrap());
+            let authority = identity::ClusterAuthority::create(
+                &place.path("ca"),
+                uuid::Uuid::from_u128(1),
+                std::time::SystemTime::now(),
+            );
+            std::fs::write(place.path("ca.pem"), authority.unwrap().certificate().to_pem()).unwrap();
+            ApiToken::generate().unwrap().create_file(&place.path("token")).unwrap();
+            place
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn client_file(&self, at: &str, server: &str) {
+            let file = ClientFile {
+                server: server.to_owned(),
+                ca: self.path("ca.pem"),
+                token_file: self.path("token"),
+            };
+            let path = self.path(at);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, serde_json::to_vec(&file).unwrap()).unwrap();
+        }
+
+        fn locate(&self, flags: &Flags, env: &[(&str, PathBuf)]) -> Result<Server, Failure> {
+            let mut env: BTreeMap<String, OsString> = env
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), value.clone().into()))
+                .collect();
+            env.entry("HOME".to_owned()).or_insert_with(|| self.path("home").into());
+            locate(flags, |name| env.get(name).cloned())
+        }
+    }
+
+    #[test]
+    fn flags_go_before_a_state_directory_before_the_environment_before_files() {
+        let place = Place::new();
+        place.client_file("home/.config/godwit/client.json", "https://home:1");
+        let mut flags = Flags::default();
+        let home = place.locate(&flags, &[]).unwrap();
+        assert_eq!(home.address.host, "home");
+        let env = [("GODWIT_SERVER", PathBuf::from("https://env:1"))];
+        assert_eq!(place.locate(&flags, &env).unwrap().address.host, "env");
+        place.client_file("state/controller/client.json", "https://up:1");
+        flags.state = Some(place.path("state"));
+        assert_eq!(place.locate(&flags, &env).unwrap().address.host, "up");
+        place.client_file("state/client.json", "https://state:1");
+        assert_eq!(place.locate(&flags, &env).unwrap().address.host, "state");
+        flags.server = Some("flag".to_owned());
+        let found = place.locate(&flags, &env).unwrap();
+        assert_eq!((found.address.host.as_str(), found.address.port), ("flag", PORT));
+    }
+
+    #[test]
+    fn a_token_file_that_others_can_read_is_refused() {
+        let place = Place::new();
+        place.client_file("state/client.json", "https://h:1");
+        std::fs::set_permissions(place.path("token"), std::fs::Permissions::from_mode(0o644)).unwrap();
+        let flags = Flags {
+            state: Some(place.path("state")),
+            ..Flags::default()
+        };
+        let failure = place.locate(&flags, &[]).err().unwrap();
+        assert!(format!("{failure:?}").contains("open to other users"), "{failure:?}");
+    }
+
+    #[test]
+    fn only_https_addresses_are_taken() {
+        assert!(address("http://h:1").is_err());
+        assert!(address("https://h:0").is_err());
+        assert!(address("https://h/../x").is_err());
+        assert_eq!(address("https://[::1]:7/").unwrap().to_string(), "[::1]:7");
+        assert_eq!(address("10.0.0.1").unwrap().to_string(), format!("10.0.0.1:{PORT}"));
+    }
+}

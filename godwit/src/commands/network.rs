@@ -1,0 +1,46 @@
+//! `godwit network`: what VMs are attached to.
+
+use clap::Subcommand;
+use model::query::NetworkView;
+
+use super::Session;
+use crate::exit::Failure;
+
+/// What can be done with networks.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Network {
+    /// List networks
+    List,
+}
+
+impl Network {
+    pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
+        let Self::List = self;
+        session
+            .list(
+                "/v1/networks",
+                None,
+                &["NAME", "SUBNETS", "ADDRESSES USED", "MTU", "ID"],
+                row,
+            )
+            .await
+    }
+}
+
+fn row(view: NetworkView, wide: bool) -> Vec<String> {
+    let subnets = view
+        .subnets
+        .iter()
+        .map(|subnet| format!("{}/{}", subnet.address, subnet.prefix))
+        .collect::<Vec<_>>();
+    let mut row = vec![
+        view.network.name.to_string(),
+        subnets.join(","),
+        view.addresses_used.to_string(),
+        view.network.mtu.to_string(),
+    ];
+    if wide {
+        row.push(view.network.id.to_string());
+    }
+    row
+}

@@ -1,0 +1,337 @@
+//! `godwit template`: what VMs are made from.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use clap_complete::ArgValueCompleter;
+use model::{
+    Name, Template as View,
+    name::Reference,
+    storage::Format,
+    template::{Boot, Content, Disk, TemplateState},
+};
+use serde_json::json;
+
+use super::{Session, completion, host::said};
+use crate::{
+    exit::{Exit, Failure},
+    follow::{Wait, follow},
+    out::{live::Live, table, units},
+};
+
+mod upload;
+
+use upload::upload;
+
+/// What can be done with templates.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Template {
+    /// Build a template here, upload it and wait until it is ready
+    Build {
+        /// What to build: `micro` is a kernel with a small web server, up in seconds
+        what: Buildable,
+        /// Its name; without it, what is built
+        #[arg(long)]
+        name: Option<Name>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Make a template of a disk image, or of a kernel and an initial RAM disk
+    Import(Box<Import>),
+    /// List templates
+    List,
+    /// Show a template
+    Show {
+        /// Name or id
+        #[arg(add = ArgValueCompleter::new(completion::templates))]
+        template: Reference,
+    },
+    /// Delete a template that no VM is made from; one that is not there is deleted already
+    Delete {
+        /// Name or id
+        #[arg(add = ArgValueCompleter::new(completion::templates))]
+        template: Reference,
+        #[command(flatten)]
+        wait: Wait,
+    },
+}
+
+/// What can be built.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Buildable {
+    /// Debian's or Ubuntu's kernel with busybox
+    Micro,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DiskFormat {
+    Qcow2,
+    Raw,
+}
+
+/// A template to make of files.
+#[derive(Args, Debug)]
+pub(crate) struct Import {
+    /// Its name
+    name: Name,
+    /// Its disk; without --kernel, what its guests boot from
+    #[arg(required_unless_present = "kernel", value_name = "DISK")]
+    disk: Option<PathBuf>,
+    /// The disk's format; without it, by the file's name: .qcow2, .raw or .img
+    #[arg(long, value_enum, requires = "disk")]
+    format: Option<DiskFormat>,
+    /// A kernel that the hypervisor loads itself
+    #[arg(long, requires = "initrd", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, requires = "kernel", value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(
+        long,
+        requires = "kernel",
+        default_value = "",
+        hide_default_value = true,
+        value_name = "WORDS"
+    )]
+    cmdline: String,
+    /// Least memory that its guests need, such as 256M
+    #[arg(long, default_value = "64M", value_parser = units::mebibytes, value_name = "SIZE")]
+    memory_min: u64,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+impl Template {
+    pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Self::Build {
+                what: Buildable::Micro,
+                name,
+                wait,
+            } => {
+                let name = name.unwrap_or_else(|| "micro".parse().expect("`micro` is a name"));
+                build(session, &name, wait).await
+            }
+            Self::Import(import) => import.run(session).await,
+            Self::List => {
+                session
+                    .list(
+                        "/v1/templates",
+                        None,
+                        &["NAME", "STATE", "BOOT", "DISK", "CREATED", "ID"],
+                        row,
+                    )
+                    .await
+            }
+            Self::Show { template } => session.show(&format!("/v1/templates/{template}"), facts).await,
+            Self::Delete { template, wait } => {
+                let what = format!("template {template}");
+                let Some(answer) = session.delete(&format!("/v1/templates/{template}"), &what).await? else {
+                    return Ok(());
+                };
+                let followed = follow(&session.client, session.format, answer, wait).await?;
+                said(session, followed.is_done(), &format!("{what} is deleted"))
+            }
+        }
+    }
+}
+
+/// Builds the micro template in this user's cache, then makes a template of its files.
+async fn build(session: &Session, name: &Name, wait: Wait) -> Result<(), Failure> {
+    let cache = cache();
+    let directory = cache.join("micro");
+    let live = Live::new("building micro");
+    let (tell, mut told) = tokio::sync::mpsc::channel::<String>(16);
+    let place = directory.clone();
+    let built = tokio::task::spawn_blocking(move || {
+        let mut progress = |progress: image::micro::Progress| {
+            let of = if progress.bytes_total > 0 {
+                format!(", {}", units::show_bytes(progress.bytes_total))
+            } else {
+                String::new()
+            };
+            // A line that is not drawn in time is not missed.
+            let _ = tell.try_send(format!("{}{of}", progress.detail));
+        };
+        image::micro::build(
+            &place,
+            &image::micro::Sources::found(cache.join("packages")),
+            &mut progress,
+        )
+    });
+    while let Some(text) = told.recv().await {
+        live.say(&text);
+    }
+    let built = built.await.map_err(|error| Failure::of(Exit::Failed, &error))?;
+    let files = built.map_err(|error| Failure::of(Exit::Failed, &error))?;
+    drop(live);
+    for artifact in [&files.kernel, &files.initrd, &files.disk] {
+        let sent = upload(&session.client, &directory.join(&artifact.file)).await?;
+        if sent != artifact.blob() {
+            let message = format!(
+                "{} changed while it was uploaded",
+                directory.join(&artifact.file).display()
+            );
+            return Err(Failure::new(Exit::Failed, message).hint("build one template at a time"));
+        }
+    }
+    create(session, name, &files.content(), wait).await
+}
+
+async fn create(session: &Session, name: &Name, content: &Content, wait: Wait) -> Result<(), Failure> {
+    let answer = session
+        .client
+        .post("/v1/templates", &json!({ "name": name, "content": content }))
+        .await?;
+    let followed = follow(&session.client, session.format, answer, wait.unless_told()).await?;
+    said(session, followed.is_done(), &format!("template {name} is ready"))
+}
+
+impl Import {
+    async fn run(self, session: &Session) -> Result<(), Failure> {
+        let disk = match &self.disk {
+            Some(path) => Some(self.disk(session, path).await?),
+            None => None,
+        };
+        let boot = match (&self.kernel, &self.initrd) {
+            (Some(kernel), Some(initrd)) => Boot::Direct {
+                kernel: upload(&session.client, kernel).await?,
+                initrd: upload(&session.client, initrd).await?,
+                cmdline: self.cmdline.clone(),
+            },
+            _ => Boot::Bios,
+        };
+        let content = Content {
+            boot,
+            disk,
+            memory_mib_min: self.memory_min,
+        };
+        create(session, &self.name, &content, self.wait).await
+    }
+
+    /// Judges the disk here first: what a host would refuse need not be uploaded.
+    async fn disk(&self, session: &Session, path: &Path) -> Result<Disk, Failure> {
+        let format = match self.format {
+            Some(DiskFormat::Qcow2) => Format::Qcow2,
+            Some(DiskFormat::Raw) => Format::Raw,
+            None => by_name(path)?,
+        };
+        let refused = |error: image::Refusal| {
+            Failure::new(
+                Exit::Failed,
+                format!("{} is refused: {}", path.display(), crate::exit::chain(&error)),
+            )
+        };
+        let info = image::vet(path, format).map_err(refused)?;
+        Ok(Disk {
+            blob: upload(&session.client, path).await?,
+            format,
+            size_bytes: info.virtual_bytes,
+        })
+    }
+}
+
+/// The format that a file's name tells. Its bytes are not asked: a guest may have written them.
+fn by_name(path: &Path) -> Result<Format, Failure> {
+    let extension = path
+        .extension()
+        .and_then(|extension| extension.to_str())
+        .unwrap_or_default();
+    match extension.to_ascii_lowercase().as_str() {
+        "qcow2" => Ok(Format::Qcow2),
+        "raw" | "img" => Ok(Format::Raw),
+        _ => {
+            let message = format!("the name of {} does not tell its format", path.display());
+            Err(Failure::new(Exit::Usage, message).hint("give --format qcow2 or --format raw"))
+        }
+    }
+}
+
+/// Where what was built is kept from one time to the next.
+fn cache() -> PathBuf {
+    let of = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let base = of("XDG_CACHE_HOME").or_else(|| of("HOME").map(|home| home.join(".cache")));
+    base.unwrap_or_else(|| "/var/cache".into()).join("godwit")
+}
+
+fn state(view: &View) -> &'static str {
+    match view.state {
+        TemplateState::Importing => "importing",
+        TemplateState::Ready { .. } => "ready",
+        TemplateState::Failed { .. } => "failed",
+        TemplateState::Deleting => "deleting",
+    }
+}
+
+fn boot(view: &View) -> &'static str {
+    match view.content.boot {
+        Boot::Direct { .. } => "kernel",
+        Boot::Bios => "bios",
+    }
+}
+
+fn row(view: View, wide: bool) -> Vec<String> {
+    let disk = view
+        .content
+        .disk
+        .map(|disk| units::show_bytes(disk.size_bytes))
+        .unwrap_or_default();
+    let mut row = vec![
+        view.name.to_string(),
+        state(&view).to_owned(),
+        boot(&view).to_owned(),
+        disk,
+        units::show_time(view.created_at),
+    ];
+    if wide {
+        row.push(view.id.to_string());
+    }
+    row
+}
+
+fn facts(view: View) -> String {
+    let mut lines = vec![
+        ("name", view.name.to_string()),
+        ("id", view.id.to_string()),
+        ("state", state(&view).to_owned()),
+        ("boot", boot(&view).to_owned()),
+        ("least memory", units::show_mebibytes(view.content.memory_mib_min)),
+        ("created", units::show_time(view.created_at)),
+    ];
+    match &view.state {
+        TemplateState::Failed { reason } => {
+            lines.extend([("reason", reason.message.clone()), ("next", reason.hint.clone())]);
+        }
+        TemplateState::Ready { pools } => lines.push(("pools", pools.len().to_string())),
+        TemplateState::Importing | TemplateState::Deleting => {}
+    }
+    if let Boot::Direct {
+        kernel,
+        initrd,
+        cmdline,
+    } = &view.content.boot
+    {
+        lines.push((
+            "kernel",
+            format!("{}, {}", units::show_bytes(kernel.size_bytes), kernel.digest),
+        ));
+        lines.push((
+            "initrd",
+            format!("{}, {}", units::show_bytes(initrd.size_bytes), initrd.digest),
+        ));
+        lines.push(("command line", cmdline.clone()));
+    }
+    if let Some(disk) = &view.content.disk {
+        let size = units::show_bytes(disk.size_bytes);
+        lines.push((
+            "disk",
+            format!("{size}, {}, {}", disk.format.as_str(), disk.blob.digest),
+        ));
+    }
+    table::facts(&lines)
+}
