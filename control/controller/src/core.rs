@@ -192,32 +192,50 @@ impl Core {
     }
 
     pub(crate) async fn run(mut self) -> Ended {
+        let ended = self.until_its_end().await;
+        let reason = match ended {
+            Ended::Deposed => "another controller leads now",
+            Ended::Stopped | Ended::Failed => "the controller is stopping",
+        };
+        self.links.close_all(&Refusal::new(Code::Overloaded, reason));
+        ended
+    }
+
+    async fn until_its_end(&mut self) -> Ended {
         let mut inputs = Vec::with_capacity(BATCH_MAX);
+        let mut stopping = false;
         loop {
             let wait = self.until_tick();
             let room = if self.careful > 0 { 1 } else { BATCH_MAX };
             tokio::select! {
                 biased;
-                _ = self.stop.wait_for(|stop| *stop) => break,
-                count = self.inputs.recv_many(&mut inputs, room) => if count == 0 { break },
+                _ = self.stop.wait_for(|stop| *stop), if !stopping => {
+                    // Nothing more comes in; what waits is still answered.
+                    stopping = true;
+                    self.inputs.close();
+                    continue;
+                }
+                count = self.inputs.recv_many(&mut inputs, room) => if count == 0 { return Ended::Stopped },
                 () = tokio::time::sleep(wait) => {}
             }
-            self.metrics
-                .queue
-                .set(i64::try_from(self.inputs.len()).unwrap_or(i64::MAX));
-            self.careful = self.careful.saturating_sub(inputs.len());
-            if let Err(StorageError::Deposed) = self.turn(&mut inputs).await {
-                self.links
-                    .close_all(&Refusal::new(Code::Overloaded, "another controller leads now"));
+            let waiting = i64::try_from(self.inputs.len()).unwrap_or(i64::MAX);
+            self.metrics.queue.set(waiting);
+            if let Err(StorageError::Deposed) = self.turns(&mut inputs).await {
                 return Ended::Deposed;
             }
-            self.metrics
-                .agents
-                .set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
+            let connected = i64::try_from(self.links.count()).unwrap_or(i64::MAX);
+            self.metrics.agents.set(connected);
         }
-        self.links
-            .close_all(&Refusal::new(Code::Overloaded, "the controller is stopping"));
-        Ended::Stopped
+    }
+
+    /// One turn; two while the store's refusals are told apart, so that a tick and an event do not fail together.
+    async fn turns(&mut self, inputs: &mut Vec<Input>) -> Result<(), StorageError> {
+        let tick = self.until_tick().is_zero();
+        if tick && self.careful > 0 && !inputs.is_empty() {
+            self.turn(&mut Vec::new(), true).await?;
+            return self.turn(inputs, false).await;
+        }
+        self.turn(inputs, tick).await
     }
 
     /// Time until the next tick.
@@ -239,9 +257,9 @@ impl Core {
         self.health.borrow().read_only.is_some()
     }
 
-    async fn turn(&mut self, inputs: &mut Vec<Input>) -> Result<(), StorageError> {
+    async fn turn(&mut self, inputs: &mut Vec<Input>, tick: bool) -> Result<(), StorageError> {
         let now = self.clock.now();
-        let tick = self.until_tick().is_zero();
+        self.careful = self.careful.saturating_sub(inputs.len());
         if tick {
             self.ticked = Instant::now();
             if self.is_read_only() {

@@ -104,11 +104,14 @@ pub struct Controller {
     agents_address: SocketAddr,
     tls: watch::Receiver<Arc<ServerConfig>>,
     metrics: Arc<Metrics>,
+    /// Ends the loop and the agents' port.
     stop: watch::Sender<bool>,
+    /// Ends the interface's port, before that.
+    stop_api: watch::Sender<bool>,
     core: JoinHandle<Ended>,
-    servers: Vec<JoinHandle<()>>,
-    /// So that what was told to stop by being dropped really stops.
-    helpers: Vec<JoinHandle<()>>,
+    api_server: Option<JoinHandle<()>>,
+    agents_server: JoinHandle<()>,
+    sweeper: JoinHandle<()>,
 }
 
 impl Controller {
@@ -194,9 +197,11 @@ impl Controller {
             tls: ports.api,
             metrics,
             stop,
+            stop_api: watch::channel(false).0,
             core: tokio::spawn(core.run()),
-            servers: vec![tokio::spawn(port.serve())],
-            helpers: vec![tokio::spawn(sweeping)],
+            api_server: None,
+            agents_server: tokio::spawn(port.serve()),
+            sweeper: tokio::spawn(sweeping),
         };
         Ok((controller, Handle(Arc::new(shared))))
     }
@@ -224,9 +229,9 @@ impl Controller {
             hosts_only: false,
             connections_max: API_CONNECTIONS_MAX,
             metrics: self.metrics.clone(),
-            stop: self.stop.subscribe(),
+            stop: self.stop_api.subscribe(),
         };
-        self.servers.push(tokio::spawn(port.serve()));
+        self.api_server = Some(tokio::spawn(port.serve()));
     }
 
     /// Waits until the loop ends, by itself or because it was told to. Not to be called again afterwards.
@@ -235,23 +240,27 @@ impl Controller {
         (&mut self.core).await.unwrap_or(Ended::Failed)
     }
 
-    /// Stops: requests under way may end, what is committed is sent, sessions are closed.
+    /// Stops: requests under way may end, what waits is committed and answered, agents are told.
     pub async fn stop(mut self) {
-        self.stop.send_replace(true);
-        for server in self.servers.drain(..) {
+        self.stop_api.send_replace(true);
+        if let Some(server) = self.api_server.take() {
             // A server that panicked serves no more either.
             let _ = server.await;
         }
+        self.stop.send_replace(true);
         if !self.core.is_finished() {
             self.ended().await;
         }
+        let _ = (&mut self.agents_server).await;
     }
 }
 
 impl Drop for Controller {
     fn drop(&mut self) {
         self.core.abort();
-        self.servers.iter().chain(&self.helpers).for_each(JoinHandle::abort);
+        self.agents_server.abort();
+        self.sweeper.abort();
+        self.api_server.iter().for_each(JoinHandle::abort);
     }
 }
 

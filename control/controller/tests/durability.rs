@@ -238,3 +238,28 @@ async fn a_watcher_resumes_from_the_stored_ring_after_a_crash() {
             .is_none()
     );
 }
+
+#[tokio::test]
+async fn a_stopping_controller_answers_what_it_has_taken() {
+    let mut cell = Cell::start().await;
+    let host = cell.join("h1").await;
+    let mut session = host.session(&cell, RUN).await;
+    let mut begun = cell.storage.hold();
+    let (handle, admin) = (cell.handle.clone(), cell.admin());
+    let first = set_schedulable(&host, false);
+    let first = tokio::spawn({
+        let (handle, admin) = (handle.clone(), admin.clone());
+        async move { submit(&handle, &admin, first).await }
+    });
+    begun.changed().await.unwrap();
+    let second = set_schedulable(&host, true);
+    let mut second = tokio::spawn(async move { submit(&handle, &admin, second).await });
+    tokio::task::yield_now().await;
+    assert!((&mut second).now_or_never().is_none());
+    let stopping = tokio::spawn(cell.controller.take().unwrap().stop());
+    cell.storage.let_go();
+    assert_eq!(first.await.unwrap().unwrap(), Outcome::Done);
+    assert_eq!(second.await.unwrap().unwrap(), Outcome::Done);
+    assert!(matches!(session.next().await, Some(Down::Close { .. })));
+    tokio::time::timeout(PATIENCE, stopping).await.unwrap().unwrap();
+}
