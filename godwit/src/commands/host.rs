@@ -5,7 +5,7 @@ use clap_complete::ArgValueCompleter;
 use model::{host::Link, name::Reference, query::HostView};
 use serde_json::json;
 
-use super::{Session, completion};
+use super::{Heading, Session, completion};
 use crate::{
     exit::Failure,
     follow::{Wait, follow},
@@ -106,20 +106,10 @@ async fn add_token(session: &Session, ttl: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-const HEADING: &[&str] = &[
-    "NAME",
-    "STATE",
-    "SCHEDULABLE",
-    "VMS",
-    "VCPUS",
-    "MEMORY",
-    "ACCELERATOR",
-    "ADDRESS",
-    "QEMU",
-    "POOLS",
-    "AGENT",
-    "ID",
-];
+const HEADING: Heading = Heading {
+    narrow: &["NAME", "STATE", "SCHEDULABLE", "VMS", "VCPUS", "MEMORY", "ACCELERATOR"],
+    wide: &["ADDRESS", "QEMU", "POOLS", "AGENT", "ID"],
+};
 
 fn state(view: &HostView) -> String {
     let word = match view.host.status.link {

@@ -29,6 +29,13 @@ const ITEMS_MAX: usize = 100_000;
 /// Where the state of servers is when they are not told.
 pub(crate) const STATE: &str = "/var/lib/godwit";
 
+/// The columns of a list.
+struct Heading {
+    narrow: &'static [&'static str],
+    /// Those that `-o wide` adds.
+    wide: &'static [&'static str],
+}
+
 /// What a command of a client works with.
 pub(crate) struct Session {
     pub(crate) client: Client,
@@ -49,7 +56,7 @@ impl Session {
         &self,
         path: &str,
         items_max: Option<usize>,
-        heading: &[&str],
+        heading: Heading,
         row: impl Fn(T, bool) -> Vec<String>,
     ) -> Result<(), Failure> {
         let items = self.client.list(path, items_max.unwrap_or(ITEMS_MAX)).await?;
@@ -61,9 +68,12 @@ impl Session {
             .iter()
             .map(|item| Ok(row(out::read(item)?, wide)))
             .collect::<Result<Vec<_>, Failure>>()?;
-        let columns = rows.first().map_or(heading.len(), Vec::len);
-        let heading = heading.get(..columns).unwrap_or(heading);
-        out::text(&out::table::rows(heading, rows))
+        let heading = if wide {
+            [heading.narrow, heading.wide].concat()
+        } else {
+            heading.narrow.to_vec()
+        };
+        out::text(&out::table::rows(&heading, rows))
     }
 
     /// Prints one thing: for programs as it came, for people as facts.

@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use model::query::NetworkView;
 
-use super::Session;
+use super::{Heading, Session};
 use crate::exit::Failure;
 
 /// What can be done with networks.
@@ -16,16 +16,14 @@ pub(crate) enum Network {
 impl Network {
     pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
         let Self::List = self;
-        session
-            .list(
-                "/v1/networks",
-                None,
-                &["NAME", "SUBNETS", "ADDRESSES USED", "MTU", "ID"],
-                row,
-            )
-            .await
+        session.list("/v1/networks", None, HEADING, row).await
     }
 }
+
+const HEADING: Heading = Heading {
+    narrow: &["NAME", "SUBNETS", "ADDRESSES USED", "MTU"],
+    wide: &["ID"],
+};
 
 fn row(view: NetworkView, wide: bool) -> Vec<String> {
     let subnets = view

@@ -5,7 +5,7 @@ use clap_complete::ArgValueCompleter;
 use model::{OperationId, operation::OperationState, query::OperationView};
 use serde_json::json;
 
-use super::{Session, completion, host::said};
+use super::{Heading, Session, completion, host::said};
 use crate::{
     exit::Failure,
     follow::{Wait, follow},
@@ -48,9 +48,8 @@ impl Op {
     pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Self::List { limit } => {
-                let heading = &["ID", "KIND", "TARGET", "STATE", "CREATED", "PROGRESS", "BY", "FINISHED"];
                 session
-                    .list("/v1/operations", Some(usize::from(limit.max(1))), heading, row)
+                    .list("/v1/operations", Some(usize::from(limit.max(1))), HEADING, row)
                     .await
             }
             Self::Show { operation } => session.show(&format!("/v1/operations/{operation}"), facts).await,
@@ -76,6 +75,11 @@ impl Op {
         }
     }
 }
+
+const HEADING: Heading = Heading {
+    narrow: &["ID", "KIND", "TARGET", "STATE", "CREATED", "PROGRESS"],
+    wide: &["BY", "FINISHED"],
+};
 
 fn row(view: OperationView, wide: bool) -> Vec<String> {
     let operation = &view.operation;

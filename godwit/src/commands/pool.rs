@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use model::{Pool as StoragePool, storage::PoolScope};
 
-use super::Session;
+use super::{Heading, Session};
 use crate::exit::Failure;
 
 /// What can be done with pools.
@@ -16,11 +16,14 @@ pub(crate) enum Pool {
 impl Pool {
     pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
         let Self::List = self;
-        session
-            .list("/v1/pools", None, &["NAME", "SCOPE", "HOSTS", "ID"], row)
-            .await
+        session.list("/v1/pools", None, HEADING, row).await
     }
 }
+
+const HEADING: Heading = Heading {
+    narrow: &["NAME", "SCOPE", "HOSTS"],
+    wide: &["ID"],
+};
 
 fn row(pool: StoragePool, wide: bool) -> Vec<String> {
     let scope = match pool.scope() {

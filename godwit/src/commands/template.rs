@@ -12,7 +12,7 @@ use model::{
 };
 use serde_json::json;
 
-use super::{Session, completion, host::said};
+use super::{Heading, Session, completion, host::said};
 use crate::{
     exit::{Exit, Failure},
     follow::{Wait, follow},
@@ -114,16 +114,7 @@ impl Template {
                 build(session, &name, wait).await
             }
             Self::Import(import) => import.run(session).await,
-            Self::List => {
-                session
-                    .list(
-                        "/v1/templates",
-                        None,
-                        &["NAME", "STATE", "BOOT", "DISK", "CREATED", "ID"],
-                        row,
-                    )
-                    .await
-            }
+            Self::List => session.list("/v1/templates", None, HEADING, row).await,
             Self::Show { template } => session.show(&format!("/v1/templates/{template}"), facts).await,
             Self::Delete { template, wait } => {
                 let what = format!("template {template}");
@@ -274,6 +265,11 @@ fn boot(view: &View) -> &'static str {
         Boot::Bios => "bios",
     }
 }
+
+const HEADING: Heading = Heading {
+    narrow: &["NAME", "STATE", "BOOT", "DISK", "CREATED"],
+    wide: &["ID"],
+};
 
 fn row(view: View, wide: bool) -> Vec<String> {
     let disk = view

@@ -5,7 +5,7 @@ use clap_complete::ArgValueCompleter;
 use model::{Name, command::CreateVm, layout::Family, name::Reference, query::VmView};
 use serde_json::json;
 
-use super::{Session, completion, host::said, plan};
+use super::{Heading, Session, completion, host::said, plan};
 use crate::{
     exit::Failure,
     follow::{Followed, Wait, follow},
@@ -229,20 +229,10 @@ async fn now(session: &Session, followed: &Followed) -> Result<(), Failure> {
     out::line(&format!("{} is {}{place}{address}", view.name, view.status.state))
 }
 
-const HEADING: &[&str] = &[
-    "NAME",
-    "STATE",
-    "HOST",
-    "ADDRESS",
-    "VCPUS",
-    "MEMORY",
-    "TEMPLATE",
-    "MACHINE",
-    "GENERATION",
-    "CREATED",
-    "OPERATION",
-    "ID",
-];
+const HEADING: Heading = Heading {
+    narrow: &["NAME", "STATE", "HOST", "ADDRESS", "VCPUS", "MEMORY", "TEMPLATE"],
+    wide: &["MACHINE", "GENERATION", "CREATED", "OPERATION", "ID"],
+};
 
 /// Its state in words; what is seen of a VM on a host that is not connected may be old.
 fn state(view: &VmView) -> String {
