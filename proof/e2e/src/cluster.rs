@@ -5,8 +5,10 @@ use crate::lab::{Lab, LabConfig, Place, Proc};
 use crate::run::run_env;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use std::net::Ipv4Addr;
+use std::ffi::OsStr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -135,9 +137,10 @@ impl Cluster {
     /// When the controller gives no token or the agent does not say `ready`.
     pub fn join(&mut self, n: u8) -> Result<()> {
         let answer = self.json(&["host", "add-token"])?;
-        let token = answer["token"].as_str().context("`host add-token` gave no token")?;
-        let join = format!("{token}@{}:{AGENT_PORT}", self.lab.nets().underlay_ip(1));
-        self.agent(n, &["--join".to_owned(), join])
+        let join = answer["join"]
+            .as_str()
+            .context("`host add-token` gave nothing to join with")?;
+        self.agent(n, &["--join".to_owned(), join.to_owned()])
     }
 
     /// Starts the agent of host `n`, which has joined before.
@@ -193,6 +196,32 @@ impl Cluster {
         slot.with_context(|| format!("the lab has no host h{n}"))
     }
 
+    /// The process id of the agent of host `n`, while it runs.
+    ///
+    /// # Errors
+    /// When it was not started or has ended.
+    pub fn agent_pid(&mut self, n: u8) -> Result<u32> {
+        living(self.agent_slot(n)?.as_mut(), &format!("the agent of h{n}"))
+    }
+
+    /// The process id of the controller, while it runs.
+    ///
+    /// # Errors
+    /// When it was not started or has ended.
+    pub fn controller_pid(&mut self) -> Result<u32> {
+        living(self.controller.as_mut(), "the controller")
+    }
+
+    /// Where the API listens.
+    pub fn api_address(&self) -> SocketAddr {
+        SocketAddr::from((self.lab.nets().underlay_ip(1), API_PORT))
+    }
+
+    /// Where agents dial.
+    pub fn agents_address(&self) -> SocketAddr {
+        SocketAddr::from((self.lab.nets().underlay_ip(1), AGENT_PORT))
+    }
+
     /// The environment in which `godwit` finds this cluster's controller.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         let state = self.state();
@@ -219,6 +248,27 @@ impl Cluster {
     /// When it ends with another status than 0; the message is what it said.
     pub fn cli(&self, arguments: &[&str]) -> Result<String> {
         run_env(&self.argv(arguments), &self.environment())
+    }
+
+    /// `godwit ARGUMENTS`, to be started as the caller wishes; its streams are this process's own until they are set.
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new(&self.godwit);
+        command.args(arguments).envs(self.environment());
+        command
+    }
+
+    /// Runs `godwit ARGUMENTS` and returns how it ended, well or not.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn attempt(&self, arguments: &[&str]) -> Result<Ended> {
+        let (timeout, words) = ("timeout", self.argv(arguments));
+        let mut command = Command::new(timeout);
+        command
+            .args(words.iter().skip(1))
+            .envs(self.environment())
+            .stdin(Stdio::null());
+        Ended::of(&mut command)
     }
 
     /// Runs `godwit ARGUMENTS -o json` and parses what it prints.
@@ -285,6 +335,62 @@ impl Cluster {
     }
 }
 
+fn living(process: Option<&mut Proc>, what: &str) -> Result<u32> {
+    let process = process.with_context(|| format!("{what} was not started"))?;
+    if !process.running()? {
+        bail!("{what} has ended; its log is {}", process.log().display());
+    }
+    Ok(process.id())
+}
+
+/// How a command ended.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Its exit status; none when a signal ended it.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
+impl Ended {
+    /// Runs a command to its end.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn of(command: &mut Command) -> Result<Ended> {
+        let output = command
+            .output()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        Ok(Ended {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Whether it is a refusal as people get them: this exit code, first a line `error: ...`, at most a line of advice and one
+    /// with the operation, and no panic. Returns the first line.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn refused(&self, code: i32) -> Result<String> {
+        let said = self.err.trim_end();
+        if self.code != Some(code) {
+            bail!("ended with {:?} instead of {code}: {said} {}", self.code, self.out);
+        }
+        let first = said.lines().next().unwrap_or_default();
+        if !first.starts_with("error: ") || first.len() < 12 {
+            bail!("does not say what is wrong in its first line: {said:?}");
+        }
+        if said.contains("panicked") || said.chars().any(|c| c.is_control() && c != '\n') {
+            bail!("says what people should not see: {said:?}");
+        }
+        Ok(first.to_owned())
+    }
+}
+
 fn found(godwit: &Path) -> Result<PathBuf> {
     godwit
         .canonicalize()
@@ -337,5 +443,21 @@ mod tests {
         assert!(vm.runs_on(2) && !vm.runs_on(1));
         assert_eq!(vm.ip, Ipv4Addr::new(10, 91, 0, 50));
         assert!(Vm::from_json(json!({ "status": {} })).is_err());
+    }
+
+    #[test]
+    fn a_refusal_has_its_code_and_one_line_that_says_what_is_wrong() {
+        let ended = |code, err: &str| Ended {
+            code: Some(code),
+            out: String::new(),
+            err: err.to_owned(),
+        };
+        assert_eq!(
+            ended(4, "error: there is no VM x\n  next: look\n").refused(4).unwrap(),
+            "error: there is no VM x"
+        );
+        assert!(ended(1, "error: there is no VM x\n").refused(4).is_err());
+        assert!(ended(101, "thread 'main' panicked at x.rs\n").refused(101).is_err());
+        assert!(ended(4, "error: \u{1b}[31m there is no VM\n").refused(4).is_err());
     }
 }

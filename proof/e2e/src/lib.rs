@@ -18,11 +18,16 @@
 //! - What is measured is measured from outside: the probe and the load live in
 //!   the client's namespace and know nothing of Godwit.
 
+pub mod api;
 pub mod cluster;
 pub mod download;
+pub mod fixture;
 pub mod http;
 pub mod lab;
 pub mod load;
 pub mod probe;
 pub mod receipt;
 pub mod run;
+pub mod suite;
+pub mod terminal;
+pub mod traces;

@@ -118,6 +118,22 @@ impl Host {
         net::plug(&self.lab_id, &self.name, true)
     }
 
+    /// Makes its cable to the other hosts as fast as this and no faster, in what it sends; `None` lifts that.
+    ///
+    /// # Errors
+    /// When the kernel has no token bucket filter (`sch_tbf`).
+    pub fn shape(&self, mbit_per_s: Option<u32>) -> Result<()> {
+        let namespace = net::netns(&self.lab_id, &self.name);
+        // What is not there need not be taken away.
+        let _ = run(&["tc", "-n", &namespace, "qdisc", "del", "dev", "u0", "root"]);
+        let Some(rate) = mbit_per_s else { return Ok(()) };
+        let rate = format!("{rate}mbit");
+        let filter = ["root", "tbf", "rate", &rate, "burst", "256kb", "latency", "50ms"];
+        let mut argv = vec!["tc", "-n", &namespace, "qdisc", "add", "dev", "u0"];
+        argv.extend(filter);
+        run(&argv).map(drop)
+    }
+
     /// The words that put a command into this host.
     pub(super) fn enter(&self) -> Vec<OsString> {
         let mut net = OsString::from("--net=");
