@@ -122,7 +122,14 @@ impl Task {
                 effects.push(Effect::Gone);
                 effects
             }
-            (Some(Pending::Remove { .. }), Err(reason)) => self.answer_refused(reason),
+            // It was ended for this: it is not as it was.
+            (Some(Pending::Remove { .. }), Err(reason)) => {
+                let mut effects = self.answer_refused(reason);
+                effects.push(self.report(Happening::Off {
+                    cause: OffCause::Ordered,
+                }));
+                effects
+            }
             _ => vec![],
         }
     }
@@ -257,7 +264,7 @@ impl Task {
     /// After a restart: there is no process.
     pub(crate) fn not_found(&mut self, reason: &str) -> Vec<Effect> {
         if self.is_moving() {
-            return self.moving_died(reason);
+            return self.moving_not_found(reason);
         }
         match &self.saved.pending {
             Some(Pending::Start) => vec![self.prepare(Mode::Boot)],

@@ -24,6 +24,8 @@ pub(crate) struct Move {
     tunnel_port: Option<u16>,
     /// Source: the copy has been asked for.
     copying: bool,
+    /// Source: how often the release has been said.
+    said: u32,
     /// Source: rounds that ended.
     rounds: Vec<Round>,
     /// Source: what the copy cost.
@@ -38,8 +40,10 @@ pub(crate) struct Move {
 
 /// Most rounds that a receipt keeps.
 const ROUNDS_MAX: usize = 200;
-/// Between two sayings of the same word.
+/// Between the first two sayings of the same word; then twice as long each time.
 const RESEND: Millis = Millis(200);
+/// The longest time between two sayings of the same word.
+const RESEND_MAX: Millis = Millis::seconds(2);
 /// How long the last words may take on the tunnel once it is over.
 const LINGER: Millis = Millis::seconds(1);
 /// What the destination allows beyond the source's own deadline.
@@ -119,6 +123,13 @@ impl Task {
     pub(crate) fn cancel(&mut self, terms: &Terms) -> Vec<Effect> {
         let reason = Refusal::new(Code::Cancelled, "it was cancelled");
         match &self.saved.role {
+            Role::Source {
+                state: Source::Unknown, ..
+            }
+            | Role::Destination {
+                state: Destination::Unknown,
+                ..
+            } => vec![self.report(self.observed().what)],
             Role::Source { terms: mine, .. } if mine.granted == terms.granted => {
                 self.source(SourceInput::GiveUp { reason })
             }
@@ -191,7 +202,12 @@ impl Task {
                     granted: terms.granted,
                     message,
                 };
-                vec![Effect::Say(word), Effect::Set(Timer::Resend, RESEND)]
+                let pause = RESEND.0 << self.moving.said.min(4);
+                self.moving.said += 1;
+                vec![
+                    Effect::Say(word),
+                    Effect::Set(Timer::Resend, Millis(pause.min(RESEND_MAX.0))),
+                ]
             }
             SourceEffect::Resume if self.up.is_some() && self.wants_run() => {
                 vec![Effect::OpenPorts, Effect::Act(Action::Run)]
@@ -614,7 +630,12 @@ impl Task {
                     ],
                     Source::Released => self.source(SourceInput::Resend),
                     Source::HandedOver => self.tear_down(),
-                    Source::Kept { .. } | Source::Reclaimed | Source::Unknown => self.source_over(),
+                    Source::Kept { .. } | Source::Reclaimed => {
+                        let mut effects = self.source_over();
+                        effects.extend(self.as_wanted(condition));
+                        effects
+                    }
+                    Source::Unknown => vec![],
                 }
             }
             Role::Destination { terms, state } => {
@@ -634,6 +655,23 @@ impl Task {
                 effects
             }
             Role::None | Role::Holder => vec![],
+        }
+    }
+
+    /// After a restart: there is no process.
+    pub(crate) fn moving_not_found(&mut self, reason: &str) -> Vec<Effect> {
+        let Role::Source { terms, state, .. } = self.saved.role.clone() else {
+            return self.moving_died(reason);
+        };
+        let state = Source::recover(&terms, Some(state), self.boot);
+        self.set_source(state.clone());
+        match state {
+            Source::Copying { .. } => self.moving_died(reason),
+            // What was sent may be whole at the destination: it decides.
+            Source::Released => self.source(SourceInput::Resend),
+            Source::HandedOver => self.tear_down(),
+            Source::Kept { .. } | Source::Reclaimed => self.source_over(),
+            Source::Unknown => vec![],
         }
     }
 

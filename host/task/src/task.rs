@@ -14,6 +14,9 @@ use crate::{
     saved::{Pending, Role, Saved},
 };
 
+/// Most inputs that wait while a restarted agent looks for the process.
+const DEFERRED_MAX: usize = 64;
+
 /// One VM on one host.
 #[derive(Clone, Debug)]
 pub struct Task {
@@ -28,6 +31,8 @@ pub struct Task {
     pub(crate) powered_off: bool,
     /// The agent restarted and looks for the process.
     pub(crate) recovering: bool,
+    /// What came meanwhile: nothing is decided before it is known whether there is a process.
+    deferred: Vec<Input>,
     /// What a hand-over needs besides its journalled state.
     pub(crate) moving: Move,
 }
@@ -48,6 +53,7 @@ impl Task {
             building: false,
             powered_off: false,
             recovering: false,
+            deferred: vec![],
             moving: Move::default(),
         }
     }
@@ -75,6 +81,9 @@ impl Task {
                 _ => Happening::Removed,
             },
             (Role::Source { .. } | Role::Destination { .. }, _) => self.observed_moving(),
+            // Not known yet: as it was when the last agent knew it.
+            (_, None) if self.recovering && self.saved.power == Power::On => Happening::Running,
+            (_, None) if self.recovering && self.saved.power == Power::Paused => Happening::Paused,
             (_, Some(Condition::Running)) => Happening::Running,
             (_, Some(_)) => Happening::Paused,
             (_, None) => match &self.saved.answer {
@@ -84,16 +93,34 @@ impl Task {
                 },
             },
         };
+        // A start that is under way is off by an earlier order, not by this one.
+        let starting = self.up.is_none() && !self.recovering && self.saved.pending == Some(Pending::Start);
+        let revision = Revision(self.saved.revision.0.saturating_sub(u64::from(starting)));
         VmObserved {
             vm: self.saved.vm,
             generation: self.saved.generation,
-            revision: self.saved.revision,
+            revision,
             what,
         }
     }
 
     /// Takes what happened and returns what to do, in order.
     pub fn step(&mut self, input: Input) -> Vec<Effect> {
+        if self.recovering && !matches!(input, Input::Driver(Happened::Up { .. } | Happened::NotUp { .. })) {
+            // What does not fit comes again: orders on the next connection, words by their timers.
+            if self.deferred.len() < DEFERRED_MAX {
+                self.deferred.push(input);
+            }
+            return vec![];
+        }
+        let mut effects = self.take(input);
+        for input in std::mem::take(&mut self.deferred) {
+            effects.extend(self.take(input));
+        }
+        effects
+    }
+
+    fn take(&mut self, input: Input) -> Vec<Effect> {
         match input {
             Input::Order(order) => self.order(*order),
             Input::Prepared(Ok(launch)) => self.prepared(launch),
@@ -258,7 +285,9 @@ impl Task {
         let mut task = Self::with(saved, host, boot);
         task.saved.boot = boot;
         if task.saved.role == Role::None && task.saved.pending.is_none() {
-            return (task, vec![]);
+            // The last agent may have died between its last record and clearing away.
+            let effects = if same_boot { vec![Effect::Clear] } else { vec![] };
+            return (task, effects);
         }
         if !same_boot {
             let effects = task.rebooted();
