@@ -386,9 +386,21 @@ pub(crate) fn unknown(txn: &mut Txn<'_>, vm: VmId, host: HostId, why: &str) {
         hosts::complain(txn, host, detail);
         return;
     }
+    let running = running(txn, vm);
+    let state = txn.world().vm(vm).map(|row| row.status.state);
+    let kept = running.is_none() && !matches!(state, Some(VmState::Migrating | VmState::Failed));
+    let unsent = running.as_ref().is_some_and(|(_, migration)| migration.stage <= Stage::Reservation);
+    if host == terms.destination && unsent {
+        return voided(txn, vm, why);
+    }
+    if host == terms.destination && kept {
+        // The source never gave it up: the destination, which has rebooted since, cannot have run it and has nothing of it.
+        clear(txn, vm, host);
+        reconcile::settle_terms(txn, vm);
+        return;
+    }
     let host = lifecycle::host_name(txn.world(), host);
     let text = format!("{host} cannot tell whether its last move took place: {why}");
-    let running = running(txn, vm);
     txn.edit_vm(vm, |row| {
         row.status.state = VmState::Failed;
         row.status.reason = Some(text.clone());

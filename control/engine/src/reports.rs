@@ -340,6 +340,11 @@ fn off(txn: &mut Txn<'_>, said: &Said<'_>, cause: &OffCause) {
     if !vm.status.state.holds_capacity() {
         return;
     }
+    let starting = vm.status.state == VmState::Provisioning && held.is_some();
+    if said.inventory && starting && said.revision < vm.status.ordered {
+        // Off until the start that is under way is done.
+        return;
+    }
     let (state, text) = off_text(world, vm, said.host, cause);
     let plain = matches!(cause, OffCause::Ordered);
     let name = vm.name.clone();
