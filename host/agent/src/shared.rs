@@ -251,7 +251,8 @@ impl Shared {
         let mut saved: Vec<Saved> = lock(&self.journal).saved().cloned().collect();
         saved.sort_by_key(|saved| matches!(saved.role, task::Role::Holder | task::Role::None));
         for saved in saved {
-            if saved.role == task::Role::None && saved.pending.is_none() {
+            // Of an older boot nothing is left to clear away.
+            if saved.role == task::Role::None && saved.pending.is_none() && saved.boot != self.boot {
                 continue;
             }
             let vm = saved.vm;
