@@ -52,7 +52,7 @@ mod tests {
     fn hostile_cells_neither_break_lines_nor_reach_the_terminal() {
         let row = vec!["a\nb".to_owned(), "\u{1b}[2J".to_owned(), String::new()];
         let text = rows(&["NAME", "STATE", "HOST"], [row]);
-        assert_eq!(text, "NAME     STATE       HOST\na\\u{a}b  \\u{1b}[2J  -\n");
+        assert_eq!(text, "NAME     STATE      HOST\na\\u{a}b  \\u{1b}[2J  -\n");
     }
 
     #[test]

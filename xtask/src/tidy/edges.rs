@@ -24,8 +24,8 @@ const ROOMS: &[Room] = &[
     room(
         "rest",
         "edge/rest",
-        &["model", "wire", "controller"],
-        "the edge translates: nouns and problems in, the controller's handle out; never a host",
+        &["model", "wire", "controller", "identity"],
+        "the edge translates: nouns and problems in, the controller's handle out; never a host (its tests join one with identity)",
     ),
     room("model", "control/model", &[], "nouns depend on nothing"),
     room(
