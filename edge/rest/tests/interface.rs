@@ -1,5 +1,7 @@
 //! The whole interface over a real controller: what is answered, what is refused, and how.
 
+#![allow(clippy::unwrap_used)] // a test fails by panicking, its helpers too
+
 use std::sync::LazyLock;
 
 use axum::{
