@@ -130,7 +130,7 @@ impl Sim {
     fn carry_out(&mut self, host: usize, vm: VmId, effects: Vec<Effect>) -> Checked {
         let mut gone = false;
         for effect in effects {
-            if self.options.faults && !self.calm && self.chance.one_in(700) {
+            if self.options.faults && !self.calm && self.chance.one_in(250) {
                 self.count("agent died between two effects");
                 self.note(|| format!("h{host} agent dies before {effect:?}"));
                 return self.agent_dies(host);

@@ -120,7 +120,7 @@ impl Sim {
         audit::audit(world)?;
         audit::audit_step(&self.generations, world)?;
         self.generations = audit::generations(world);
-        let dies = self.options.faults && !self.calm && self.chance.one_in(1_500);
+        let dies = self.options.faults && !self.calm && self.chance.one_in(500);
         if dies && self.chance.one_in(2) {
             self.count("controller died before a commit");
             return self.controller_dies();
