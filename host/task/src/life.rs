@@ -49,8 +49,8 @@ impl Task {
             (Role::Destination { .. }, _) => self.died(reason.message),
             (_, Some(Pending::Start)) => {
                 self.saved.power = Power::Off;
-                let mut effects = self.answer_refused(reason);
-                effects.push(Effect::Clear);
+                let mut effects = vec![Effect::Clear];
+                effects.extend(self.answer_refused(reason));
                 effects
             }
             _ => self.died(reason.message),
@@ -269,7 +269,8 @@ impl Task {
         match &self.saved.pending {
             Some(Pending::Start) => vec![self.prepare(Mode::Boot)],
             Some(Pending::End | Pending::Remove { .. }) => self.ended(),
-            _ if self.saved.power == Power::Off => vec![],
+            // The last agent may have died between its last record and clearing away.
+            _ if self.saved.power == Power::Off => vec![Effect::Clear],
             _ => self.off(reason.to_owned()),
         }
     }
