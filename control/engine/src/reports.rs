@@ -234,6 +234,13 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
         }
         (Happening::Voided { reason }, Destination) => moves::voided(txn, vm, reason),
         (Happening::Kept { reason }, Source) => moves::kept(txn, vm, reason),
+        // It has it back, and died before it could say so in as many words.
+        (Happening::Running | Happening::Paused | Happening::Off { .. }, Standing::Past)
+            if has_reclaimed(txn, said) =>
+        {
+            moves::reclaimed(txn, vm, said.revision, "the destination could not run it");
+            means(txn, said, Holder, stale);
+        }
         (Happening::Reclaimed { reason }, Source | Standing::Past) if is_reclaimable(txn, said) => {
             moves::reclaimed(txn, vm, said.revision, reason);
         }
@@ -262,6 +269,19 @@ fn is_reclaimable(txn: &Txn<'_>, said: &Said<'_>) -> bool {
     terms.is_some_and(|terms| {
         said.host == terms.source && (said.generation == terms.held || said.generation == terms.reclaimed)
     })
+}
+
+/// The source speaks under the generation that only the destination's `void` gives it.
+fn has_reclaimed(txn: &Txn<'_>, said: &Said<'_>) -> bool {
+    let Some(vm) = txn.world().vm(said.vm) else {
+        return false;
+    };
+    let terms = vm
+        .status
+        .moving
+        .as_ref()
+        .filter(|terms| vm.status.generation == terms.held);
+    terms.is_some_and(|terms| said.host == terms.source && said.generation == terms.reclaimed)
 }
 
 /// It runs, or stands, on the host that holds it.
