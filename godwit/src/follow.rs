@@ -24,10 +24,10 @@ use crate::{
 };
 
 /// How long a server that went away is waited for: it may be restarting.
-const AWAY_MAX: Duration = Duration::from_secs(60);
+pub(crate) const AWAY_MAX: Duration = Duration::from_secs(60);
 
 /// Pause between tries to reach it again.
-const AWAY_PAUSE: Duration = Duration::from_millis(500);
+pub(crate) const AWAY_PAUSE: Duration = Duration::from_millis(500);
 
 /// Seconds that one request waits at the server.
 const WAIT_S: u64 = 30;

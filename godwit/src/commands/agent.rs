@@ -186,7 +186,9 @@ impl Agent {
         }
         let work = async {
             join(&config, self.join.as_ref(), &name).await?;
-            start(config, &name).await?.run().await;
+            let agent = start(config).await?;
+            ready(&agent, &name)?;
+            agent.run().await;
             Ok(())
         };
         tokio::select! {
@@ -209,13 +211,16 @@ pub(crate) async fn join(config: &AgentConfig, target: Option<&JoinTarget>, name
     Ok(())
 }
 
-/// Starts the agent, and says so.
-pub(crate) async fn start(config: AgentConfig, name: &Name) -> Result<::agent::Agent, Failure> {
-    let agent = ::agent::Agent::start(config)
+/// Starts the agent.
+pub(crate) async fn start(config: AgentConfig) -> Result<::agent::Agent, Failure> {
+    ::agent::Agent::start(config)
         .await
-        .map_err(|error| Failure::of(Exit::Failed, &error))?;
-    out::line(&format!("ready host={name}"))?;
-    Ok(agent)
+        .map_err(|error| Failure::of(Exit::Failed, &error))
+}
+
+/// Says that the agent runs.
+pub(crate) fn ready(agent: &::agent::Agent, name: &Name) -> Result<(), Failure> {
+    out::line(&format!("ready host={name} id={}", agent.host()))
 }
 
 /// The address of this host on the way to the controller.

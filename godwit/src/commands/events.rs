@@ -1,5 +1,7 @@
 //! `godwit events`: what happened and what happens, as the cell tells it.
 
+use std::time::Instant;
+
 use clap::Args;
 use model::{Notice, event};
 use serde_json::{Value, json};
@@ -8,6 +10,7 @@ use super::Session;
 use crate::{
     client::sse::Event,
     exit::{Exit, Failure},
+    follow::{AWAY_MAX, AWAY_PAUSE},
     out::{self, Format, safe, units},
 };
 
@@ -45,16 +48,28 @@ impl Events {
 
     /// Prints events as they come. The position of a gap where nothing else came.
     async fn print(&self, session: &Session, mut after: Option<u64>) -> Result<Option<u64>, Failure> {
+        let mut away: Option<Instant> = None;
         loop {
-            let mut events = session.client.events(after, self.follow).await?;
+            let mut events = match session.client.events(after, self.follow).await {
+                Ok(events) => events,
+                // A server that restarts is waited for, once it was there.
+                Err(failure) if failure.may_pass() && away.is_some_and(|since| since.elapsed() < AWAY_MAX) => {
+                    tokio::time::sleep(AWAY_PAUSE).await;
+                    continue;
+                }
+                Err(failure) => return Err(failure),
+            };
             let mut gap = None;
             loop {
                 let event = match events.next().await {
                     Ok(Some(event)) => event,
                     Ok(None) if !self.follow => return Ok(gap),
                     Err(failure) if !self.follow => return Err(failure),
-                    // The server restarts, perhaps: go on after the last one seen.
-                    Ok(None) | Err(_) => break,
+                    // Go on after the last one seen.
+                    Ok(None) | Err(_) => {
+                        away = Some(Instant::now());
+                        break;
+                    }
                 };
                 after = event.id.as_ref().and_then(|id| id.parse().ok()).or(after);
                 if event.name == "lagged" {

@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use ::controller::{Handle, StateDir};
 use clap::Args;
 use identity::{Address, ApiToken, JoinTarget};
-use model::{Millis, Name};
+use model::{
+    Actor, HostId, Millis, Name,
+    name::Reference,
+    query::{Query, View},
+};
 
 use super::{
     agent::{self, HostFlags, Places},
@@ -71,12 +75,13 @@ impl Up {
                 let target = token(&handle, &home, address).await?;
                 agent::join(&config, Some(&target), &name).await?;
             }
-            let agent = agent::start(config, &name).await?;
+            let started = agent::start(config).await?;
+            agent::ready(&started, &known_as(&handle, &home, started.host()).await?)?;
             out::note(&format!(
                 "to use it, in another terminal: godwit{} vm list",
                 state_flag(common)
             ));
-            agent.run().await;
+            started.run().await;
             Ok(())
         };
         tokio::select! {
@@ -106,11 +111,28 @@ fn state_flag(common: &Common) -> String {
         .unwrap_or_default()
 }
 
-/// A token for this machine's own agent, made in the name of the first administrator.
-async fn token(handle: &Handle, home: &Path, address: Address) -> Result<JoinTarget, Failure> {
+/// The first administrator, in whose name this machine is set up.
+fn administrator(handle: &Handle, home: &Path) -> Result<Actor, Failure> {
     let first =
         ApiToken::read_file(&StateDir::new(home).admin_token()).map_err(|error| Failure::of(Exit::Failed, &error))?;
-    let actor = handle.authenticate(&first.reveal())?;
+    Ok(handle.authenticate(&first.reveal())?)
+}
+
+/// The name that the cell gave this host; it may have been renamed since.
+async fn known_as(handle: &Handle, home: &Path, host: HostId) -> Result<Name, Failure> {
+    let query = Query::Host(Reference::Id(host.0));
+    match handle.read(administrator(handle, home)?, query).await? {
+        View::Host(view) => Ok(view.host.name),
+        _ => Err(Failure::new(
+            Exit::Failed,
+            format!("the controller does not know this host, {host}"),
+        )),
+    }
+}
+
+/// A token for this machine's own agent.
+async fn token(handle: &Handle, home: &Path, address: Address) -> Result<JoinTarget, Failure> {
+    let actor = administrator(handle, home)?;
     let text = handle.add_join_token(actor, TOKEN_VALID).await?;
     let token = text
         .parse()
