@@ -85,10 +85,17 @@ impl Task {
     }
 
     pub(crate) fn remove(&mut self, volumes: Vec<VolumePlace>) -> Vec<Effect> {
+        // Whoever is told to delete a VM's disks has it until they are gone, also one that never ran it.
+        if self.saved.role == Role::None {
+            self.saved.role = Role::Holder;
+        }
         self.end(Pending::Remove { volumes })
     }
 
     fn end(&mut self, pending: Pending) -> Vec<Effect> {
+        if self.is_unknown() {
+            self.saved.role = Role::Holder;
+        }
         self.saved.power = Power::Off;
         self.saved.pending = Some(pending);
         let mut effects = vec![Effect::Save, Effect::Stop(Timer::Grace)];

@@ -23,6 +23,9 @@ pub struct Saved {
     pub generation: Generation,
     /// The last order that was accepted.
     pub revision: Revision,
+    /// The last order that was refused without being accepted: repeated, it is refused again.
+    #[serde(default)]
+    pub refused: Revision,
     /// On behalf of which operation.
     pub operation: Option<OperationId>,
     /// What it is made of; `None` before the first order and after the last trace is gone.
@@ -111,6 +114,7 @@ impl Saved {
             epoch: Epoch(0),
             generation: Generation(0),
             revision: Revision(0),
+            refused: Revision(0),
             operation: None,
             definition: None,
             power: Power::Off,

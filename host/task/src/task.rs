@@ -1,7 +1,7 @@
 //! The task: which input goes where, and how orders are accepted.
 
 use driver::{Action, Condition, Happened, Launch, Mode};
-use handover::Destination;
+use handover::{Destination, Source};
 use model::{
     BootId, Code, Generation, HostId, Message, OperationId, Refusal, Revision, VmId,
     order::{Happening, OffCause, Verb, VmObserved, VmOrder, VmReport},
@@ -152,7 +152,8 @@ impl Task {
                 .collect();
         }
         if let Some(reason) = self.why_not(&order) {
-            return vec![self.report_for(&order, Happening::Refused { reason })];
+            self.saved.refused = self.saved.refused.max(order.revision);
+            return vec![Effect::Save, self.report_for(&order, Happening::Refused { reason })];
         }
         self.saved.revision = order.revision;
         self.saved.generation = order.generation;
@@ -184,7 +185,12 @@ impl Task {
             );
             return Some(Refusal::new(Code::Stale, text));
         }
-        let moving = matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. });
+        if order.revision <= self.saved.refused {
+            let text = format!("{} of VM {} was refused already", order.verb.name(), order.vm);
+            return Some(Refusal::new(Code::Stale, text));
+        }
+        // A hand-over that nobody can tell the end of bars nothing: the controller orders only once both hosts are clear of it.
+        let moving = self.is_moving() && !self.is_unknown();
         let ends = matches!(order.verb, Verb::Kill | Verb::Remove { .. });
         let cancels = matches!(order.verb, Verb::Cancel { .. });
         let doing = match &self.saved.pending {
@@ -303,6 +309,20 @@ impl Task {
 
     pub(crate) const fn is_moving(&self) -> bool {
         matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. })
+    }
+
+    /// Whether this host rebooted during a hand-over and cannot tell who has the VM.
+    pub(crate) const fn is_unknown(&self) -> bool {
+        matches!(
+            self.saved.role,
+            Role::Source {
+                state: Source::Unknown,
+                ..
+            } | Role::Destination {
+                state: Destination::Unknown,
+                ..
+            }
+        )
     }
 
     /// The order is carried out: remember the answer, and give it.

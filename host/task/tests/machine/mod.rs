@@ -1,0 +1,349 @@
+//! Machines for tests: each carries out a task's effects at once and in order, keeps its journal, and dies before the effect it is told to.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::{BTreeSet, VecDeque};
+
+use driver::{Action, Condition, CopyCost, CopyState, Files, Happened, Launch, Mode};
+use model::{
+    BootId, Definition, Epoch, Generation, HostId, Mac, Millis, OperationId, PoolId, PortId, Revision, Terms, VmId,
+    VolumeId,
+    layout::{Family, Layout},
+    order::{Endpoint, Happening, PortUse, Verb, VmOrder, VolumePlace, VolumeUse},
+    storage::Format,
+    template::Boot,
+};
+use task::{Effect, Input, Saved, Task, Timer, Tunnel, TunnelEvent};
+use uuid::Uuid;
+
+pub(crate) const VM: VmId = VmId(Uuid::from_u128(1));
+
+pub(crate) fn host(n: u128) -> HostId {
+    HostId(Uuid::from_u128(0x100 + n))
+}
+
+pub(crate) fn boot(n: u128) -> BootId {
+    BootId(Uuid::from_u128(0xb00 + n))
+}
+
+pub(crate) fn place() -> VolumePlace {
+    VolumePlace {
+        volume: VolumeId(Uuid::from_u128(5)),
+        pool: PoolId(Uuid::from_u128(6)),
+        format: Format::Qcow2,
+    }
+}
+
+pub(crate) fn definition() -> Box<Definition> {
+    let port = PortId(Uuid::from_u128(7));
+    Box::new(Definition {
+        vm: VM,
+        name: "web1".parse().expect("a name"),
+        layout: layout(port),
+        boot: Boot::Bios,
+        pool: place().pool,
+        volumes: vec![VolumeUse {
+            place: place(),
+            size_bytes: 1 << 30,
+            base: None,
+        }],
+        ports: vec![PortUse {
+            port,
+            mac: Mac::of_port(port),
+            ip: [10, 91, 0, 2].into(),
+            prefix: 16,
+            gateway: None,
+            mtu: 1500,
+        }],
+    })
+}
+
+LAYOUT
+
+pub(crate) fn terms() -> Terms {
+    Terms {
+        vm: VM,
+        operation: OperationId(Uuid::from_u128(9)),
+        source: host(0),
+        source_boot: boot(0),
+        destination: host(1),
+        destination_boot: boot(1),
+        held: Generation(1),
+        granted: Generation(2),
+        reclaimed: Generation(3),
+        run: true,
+        deadline: Millis::seconds(60),
+        settle: Millis::seconds(5),
+    }
+}
+
+pub(crate) fn order(generation: u64, revision: u64, verb: Verb) -> VmOrder {
+    VmOrder {
+        epoch: Epoch(1),
+        vm: VM,
+        generation: Generation(generation),
+        revision: Revision(revision),
+        operation: OperationId(Uuid::from_u128(9)),
+        verb,
+    }
+}
+
+pub(crate) fn start() -> Verb {
+    Verb::Start {
+        definition: definition(),
+        paused: false,
+    }
+}
+
+pub(crate) fn endpoint() -> Endpoint {
+    Endpoint {
+        address: [127, 0, 0, 1].into(),
+        tunnel_port: 4000,
+        peer_port: 4001,
+    }
+}
+
+/// One host with one VM.
+pub(crate) struct Machine {
+    pub(crate) n: u128,
+    pub(crate) task: Option<Task>,
+    pub(crate) boot: BootId,
+    pub(crate) journal: Option<Saved>,
+    pub(crate) process: Option<Condition>,
+    pub(crate) disk: bool,
+    /// A port or a run directory is there.
+    pub(crate) residue: bool,
+    pub(crate) timers: BTreeSet<Timer>,
+    pub(crate) inputs: VecDeque<Input>,
+    pub(crate) reports: Vec<Happening>,
+    /// What its hypervisor or its task wants of the other machine.
+    pub(crate) outside: Vec<Outside>,
+    pub(crate) resets: u32,
+    /// Whether the guest heeds the power button.
+    pub(crate) heeds: bool,
+    /// Effects until it dies.
+    pub(crate) dies_in: Option<u32>,
+    /// Effects so far.
+    pub(crate) effects: u32,
+}
+
+/// What concerns the other machine.
+#[derive(Clone, Debug)]
+pub(crate) enum Outside {
+    Word(task::Peer),
+    Copy,
+    CopyCancelled,
+    Stood,
+    Closed,
+}
+
+impl Machine {
+    pub(crate) fn new(n: u128) -> Self {
+        Self {
+            n,
+            task: Some(Task::new(VM, host(n), boot(n))),
+            boot: boot(n),
+            journal: None,
+            process: None,
+            disk: false,
+            residue: false,
+            timers: BTreeSet::new(),
+            inputs: VecDeque::new(),
+            reports: vec![],
+            outside: vec![],
+            resets: 0,
+            heeds: true,
+            dies_in: None,
+            effects: 0,
+        }
+    }
+
+    pub(crate) fn order(&mut self, order: VmOrder) {
+        self.inputs.push_back(Input::Order(Box::new(order)));
+    }
+
+    /// Takes one input, if there is one and an agent to take it.
+    pub(crate) fn turn(&mut self) -> bool {
+        let Some(mut task) = self.task.take() else { return false };
+        let Some(input) = self.inputs.pop_front() else {
+            self.task = Some(task);
+            return false;
+        };
+        let effects = task.step(input);
+        self.carry_out(task, effects);
+        true
+    }
+
+    pub(crate) fn carry_out(&mut self, task: Task, effects: Vec<Effect>) {
+        for effect in effects {
+            if self.dies_in == Some(0) {
+                // Dead: what was told to the agent goes with it.
+                self.dies_in = None;
+                self.inputs.clear();
+                self.timers.clear();
+                return;
+            }
+            self.dies_in = self.dies_in.map(|left| left - 1);
+            self.effects += 1;
+            self.effect(&task, effect);
+        }
+        self.task = Some(task);
+    }
+
+    /// The agent begins again, in the same boot or after the host lost power.
+    pub(crate) fn restart(&mut self, rebooted: bool) {
+        if self.task.is_some() {
+            return;
+        }
+        if rebooted {
+            self.process = None;
+            self.residue = false;
+            self.boot = boot(100 + self.n);
+        }
+        let (task, effects) = match self.journal.clone() {
+            Some(saved) => Task::recover(saved, host(self.n), self.boot),
+            None => (Task::new(VM, host(self.n), self.boot), vec![]),
+        };
+        self.carry_out(task, effects);
+    }
+
+    fn tell(&mut self, happened: Happened) {
+        self.inputs.push_back(Input::Driver(happened));
+    }
+
+    fn effect(&mut self, task: &Task, effect: Effect) {
+        match effect {
+            Effect::Save => self.journal = Some(task.saved().clone()),
+            Effect::Prepare { definition, mode } => {
+                self.residue = true;
+                self.disk = true;
+                let launch = Launch {
+                    definition: *definition,
+                    mode,
+                    files: Files::default(),
+                    run_dir: "/run/godwit/web1".into(),
+                    uid: 1,
+                };
+                self.inputs.push_back(Input::Prepared(Ok(Box::new(launch))));
+            }
+            Effect::Spawn(launch) => {
+                assert!(self.process.is_none(), "a second process");
+                let condition = if launch.mode == Mode::Boot { Condition::Standing } else { Condition::Loading };
+                self.process = Some(condition);
+                self.tell(Happened::Up { condition });
+            }
+            Effect::Adopt => match self.process {
+                Some(condition) => self.tell(Happened::Up { condition }),
+                None => self.tell(Happened::NotUp { reason: "gone".to_owned() }),
+            },
+            Effect::Act(action) => self.act(&action),
+            Effect::OpenPorts => self.residue = true,
+            Effect::Clear => {
+                assert!(self.process.is_none(), "cleared while its process lives");
+                self.residue = false;
+            }
+            Effect::DeleteFiles(volumes) => {
+                assert!(self.process.is_none(), "deleted while its process lives");
+                self.disk &= volumes.is_empty();
+                self.inputs.push_back(Input::FilesDeleted(Ok(())));
+            }
+            Effect::Tunnel(wish) => self.tunnel(&wish),
+            Effect::Say(word) => self.outside.push(Outside::Word(word)),
+            Effect::Set(timer, _) => drop(self.timers.insert(timer)),
+            Effect::Stop(timer) => drop(self.timers.remove(&timer)),
+            Effect::Report(report) => self.reports.push(report.what),
+            Effect::Progress(..) | Effect::Gone => {}
+        }
+    }
+
+    fn tunnel(&mut self, wish: &Tunnel) {
+        let event = match wish {
+            Tunnel::Listen(_) => TunnelEvent::Listening { port: 4000 },
+            Tunnel::Dial(..) => TunnelEvent::Connected,
+            Tunnel::Adopt => return,
+            Tunnel::Close => {
+                self.outside.push(Outside::Closed);
+                TunnelEvent::Closed { wire_bytes: 1 }
+            }
+        };
+        self.inputs.push_back(Input::Tunnel(event));
+    }
+
+    fn act(&mut self, action: &Action) {
+        let Some(condition) = self.process else { return };
+        match action {
+            Action::Run => {
+                assert_ne!(condition, Condition::Loading, "run while its state is loading");
+                self.process = Some(Condition::Running);
+                self.tell(Happened::Running { at_ms: 1 });
+            }
+            Action::Stand => {
+                self.process = Some(Condition::Standing);
+                self.tell(Happened::Standing { at_ms: 1, settled: true });
+                self.outside.push(Outside::Stood);
+            }
+            Action::PowerButton if self.heeds => {
+                self.tell(Happened::PoweredOff);
+                self.dies();
+            }
+            Action::Reset => {
+                self.resets += 1;
+                self.tell(Happened::Reset);
+            }
+            Action::Kill => self.dies(),
+            Action::Listen => self.tell(Happened::Listening),
+            Action::Copy(_) => self.outside.push(Outside::Copy),
+            Action::Attend | Action::CancelCopy => self.outside.push(Outside::CopyCancelled),
+            Action::PowerButton | Action::Announce => {}
+        }
+    }
+
+    pub(crate) fn dies(&mut self) {
+        self.process = None;
+        self.tell(Happened::Died { detail: "ended".to_owned() });
+    }
+
+    /// Nothing is left to do: the next timer runs out, if one is set.
+    pub(crate) fn timer(&mut self) -> bool {
+        match self.timers.pop_first() {
+            Some(timer) => {
+                self.inputs.push_back(Input::Timer(timer));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Goes on alone until nothing more happens.
+    pub(crate) fn settle(&mut self) {
+        for _ in 0..200 {
+            if !self.turn() && !self.timer() {
+                return;
+            }
+        }
+        unreachable!("it does not come to rest");
+    }
+
+    pub(crate) fn seen(&self) -> Happening {
+        self.task.as_ref().expect("an agent is there").observed().what
+    }
+}
+
+/// A round that leaves next to nothing.
+pub(crate) fn nearly() -> Happened {
+    Happened::Copying(CopyState {
+        bytes: 1,
+        remaining_bytes: 1,
+        bytes_per_s: 1 << 30,
+        round: 2,
+        ended: None,
+    })
+}
+
+pub(crate) fn copied() -> Happened {
+    Happened::Copied {
+        cost: CopyCost {
+            downtime_ms: 3,
+            bytes: 1,
+        },
+    }
+}
