@@ -28,6 +28,13 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
 }
 
 fn meant_for_us(app: &App, uri: &Uri, headers: &HeaderMap) -> Result<(), Failure> {
+    if headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::TRANSFER_ENCODING) {
+        // Two readers on the way could find the next request in different places (RFC 9112, 6.3).
+        return Err(Failure::input(
+            "the request announces its length in two ways",
+            "send one of Content-Length and Transfer-Encoding",
+        ));
+    }
     let authority = authority(uri, headers)?;
     let host = authority
         .host()

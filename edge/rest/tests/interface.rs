@@ -249,6 +249,21 @@ async fn a_request_for_another_host_or_from_a_foreign_page_is_refused() {
     }
     let own = request("controller.example:7443", Some("https://controller.example:7443"));
     assert_eq!(api.send(own).await.status(), StatusCode::OK);
+    let twice = api
+        .request("POST", "/v1/vms")
+        .header(header::CONTENT_LENGTH, 0)
+        .header(header::TRANSFER_ENCODING, "chunked");
+    assert_eq!(
+        api.refused("two lengths", twice.body(Body::empty()).unwrap(), 400)
+            .await,
+        "invalid-input"
+    );
+    let hosts = api
+        .request("GET", "/v1/vms")
+        .header(header::HOST, "localhost")
+        .body(Body::empty())
+        .unwrap();
+    assert_eq!(api.refused("two hosts", hosts, 400).await, "invalid-input");
     let none = Request::get("/v1/vms").body(Body::empty()).unwrap();
     assert_eq!(api.refused("no host", none, 400).await, "invalid-input");
 }

@@ -8,6 +8,7 @@ use std::{
 
 use ::controller::{Config, DefaultNetwork, Handle};
 use clap::Args;
+use identity::Address;
 
 use crate::{
     cli::Common,
@@ -175,9 +176,23 @@ pub(crate) async fn start(flags: &Controller, state: PathBuf) -> Result<(::contr
     let started = ::controller::Controller::start(config).await;
     let (mut controller, handle) = started.map_err(|error| Failure::of(Exit::Failed, &error))?;
     controller.serve_api(rest::router(handle.clone(), &names));
-    let (api, agents) = (controller.api_address(), controller.agents_address());
+    let (api, agents) = (
+        reached(controller.api_address(), &names),
+        reached(controller.agents_address(), &names),
+    );
     out::line(&format!("ready api=https://{api} agents={agents}"))?;
     Ok((controller, handle))
+}
+
+/// `HOST:PORT` at which others reach a port: its address, or where it listens on all of them the first name.
+fn reached(listening: SocketAddr, names: &[String]) -> String {
+    match names.first() {
+        Some(name) if listening.ip().is_unspecified() => {
+            let (host, port) = (name.clone(), listening.port());
+            Address { host, port }.to_string()
+        }
+        _ => listening.to_string(),
+    }
 }
 
 /// Serves until it is told to stop, or the controller ends by itself.
