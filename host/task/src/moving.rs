@@ -117,7 +117,14 @@ impl Task {
             state: Source::begin(),
         };
         self.moving = Move::default();
-        vec![Effect::Save, dial, Effect::Set(Timer::Deadline, deadline)]
+        vec![
+            Effect::Save,
+            // If it came here a moment ago: that move's last words must not end this move's tunnel.
+            Effect::Stop(Timer::Linger),
+            Effect::Tunnel(Tunnel::Close),
+            dial,
+            Effect::Set(Timer::Deadline, deadline),
+        ]
     }
 
     pub(crate) fn cancel(&mut self, terms: &Terms) -> Vec<Effect> {

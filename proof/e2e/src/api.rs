@@ -7,6 +7,7 @@ use identity::CaCertificate;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -110,6 +111,24 @@ impl Api {
         lines.extend(headers.iter().map(|line| (*line).to_owned()));
         let text = format!("{method} {path} HTTP/1.1\r\n{}\r\n\r\n{body}", lines.join("\r\n"));
         self.raw(text.as_bytes()).with_context(|| format!("{method} {path}"))
+    }
+
+    /// Uploads a blob and returns its digest.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn upload(&self, bytes: &[u8]) -> Result<String> {
+        let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let head = format!(
+            "PUT /v1/blobs/{digest} HTTP/1.1\r\nHost: {}\r\n{}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            self.authority(),
+            self.bearer(),
+            bytes.len()
+        );
+        let reply = self.raw(&[head.as_bytes(), bytes].concat())?;
+        let said = String::from_utf8_lossy(&reply.body);
+        ensure!(reply.status == 204, "the blob is refused with {}: {said}", reply.status);
+        Ok(digest)
     }
 
     /// The stream of events, after event `after` or from now on.

@@ -224,7 +224,16 @@ impl Guest {
     /// # Errors
     /// As [`Guest::ask`].
     pub fn status(&self) -> Result<Status> {
-        let json = self.ask("GET", "/status")?;
+        self.status_within(Duration::from_secs(20))
+    }
+
+    /// `GET /status`, answered within `limit`.
+    ///
+    /// # Errors
+    /// As [`Guest::ask`].
+    pub fn status_within(&self, limit: Duration) -> Result<Status> {
+        let body = crate::http::ask(&self.netns, self.ip, "GET", "/status", limit)?;
+        let json: Value = serde_json::from_str(&body).context("the guest's status is not JSON")?;
         let number = |value: &Value| {
             value
                 .as_u64()

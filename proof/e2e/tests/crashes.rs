@@ -1,30 +1,14 @@
 //! Processes are killed, alone and in the middle of a migration: one host runs the VM, the operation ends, nothing leaks.
-//!
-//! The middle is where the fault matrix has its column 3 (pre-copy): the link is slower than the guest writes, so the copy goes on
-//! until the test lets it end; an event of the copy's progress tells that it is under way.
 
 use anyhow::{Context, Result, ensure};
-use e2e::api::Api;
-use e2e::fixture::{BOOT_LIMIT, Guest, HOSTS, SETTLE_LIMIT, Shared, Status};
+use e2e::fixture::{BOOT_LIMIT, Guest, HOSTS, SETTLE_LIMIT, Shared};
 use e2e::lab::kill_process;
 use e2e::load::Load;
+use e2e::moving::{FROM, Moving, TO};
 use e2e::suite;
-use e2e::traces::Traces;
 use serde_json::Value;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-const FROM: u8 = 1;
-const TO: u8 = 2;
-/// Slower than the guest writes: 24 MiB/s.
-const LINK_MBIT_PER_S: u32 = 200;
-const WRITTEN_MIB: u32 = 48;
-const WRITES_MIB_PER_S: u32 = 48;
-/// The copy is under way when this much is over.
-const UNDER_WAY_BYTES: u64 = 8 << 20;
-const COPY_LIMIT: Duration = Duration::from_secs(60);
-/// After the fault the operation ends within this by itself, s.
-const END_LIMIT_S: u32 = 90;
 
 fn main() -> ExitCode {
     suite::main::<Shared>(e2e::cases![
@@ -253,87 +237,4 @@ fn until(limit: Duration, complaint: &str, mut holds: impl FnMut() -> Result<boo
         std::thread::sleep(Duration::from_millis(100));
     }
     Ok(())
-}
-
-/// A migration in its middle, which does not end before it is let go; watched by a load.
-struct Moving {
-    guest: Guest,
-    operation: String,
-    written: String,
-    before: Status,
-    load: Load,
-}
-
-impl Moving {
-    fn begin(shared: &Shared) -> Result<Moving> {
-        let guest = shared.create("moving", FROM)?;
-        let written = guest.write_disk(8, 5)?;
-        guest.write_memory(WRITTEN_MIB, WRITES_MIB_PER_S)?;
-        shared.cluster.lab().host(FROM)?.shape(Some(LINK_MBIT_PER_S))?;
-        let before = guest.status()?;
-        let load = Load::start(&shared.cluster.lab().client_netns(), guest.ip, 50)?;
-        let events = Api::of(&shared.cluster)?.events(None)?;
-        let begun = shared
-            .cluster
-            .json(&["vm", "migrate", &guest.name, "--to", &format!("h{TO}"), "--no-wait"])?;
-        let operation = begun["id"].as_str().context("the operation has no id")?.to_owned();
-        let under_way = events.wait(COPY_LIMIT, |event| {
-            let progress = &event.data["progress"];
-            let ended = event.kind == "notice"
-                && event.data["operation"] == operation
-                && event.data["what"] != "operation.running";
-            let ours = event.kind == "progress" && event.data["operation"] == operation;
-            ended || (ours && progress["bytes"].as_u64() > Some(UNDER_WAY_BYTES))
-        })?;
-        ensure!(
-            under_way.kind == "progress",
-            "the copy did not come to its middle: {}",
-            under_way.data
-        );
-        Ok(Moving {
-            guest,
-            operation,
-            written,
-            before,
-            load,
-        })
-    }
-
-    fn traces(&self, shared: &Shared, n: u8) -> Result<Traces> {
-        Traces::of(shared.cluster.lab(), n, &self.guest.id)
-    }
-
-    /// The link is fast again and the guest writes no more: the copy may end.
-    fn let_go(&self, shared: &Shared) -> Result<()> {
-        shared.cluster.lab().host(FROM)?.shape(None)?;
-        self.guest.write_memory(0, 0)
-    }
-
-    /// The operation, once it is over.
-    fn over(&self, shared: &Shared) -> Result<Value> {
-        shared.ended(&self.operation, END_LIMIT_S)
-    }
-
-    /// The guest runs on host `n` and nowhere else, has lost nothing, and no request was lost.
-    fn holds(self, shared: &Shared, n: u8) -> Result<()> {
-        shared.settled(&self.guest, n)?;
-        self.guest.status()?.follows(&self.before)?;
-        ensure!(
-            self.guest.check_disk()? == self.written,
-            "the disk has another checksum than before"
-        );
-        let load = self.load.finish()?;
-        ensure!(
-            load.counter_faults == 0,
-            "the guest's counter stood still or fell: two guests, or an old one"
-        );
-        ensure!(
-            load.lost == 0,
-            "{} of {} requests were lost: {:?}",
-            load.lost,
-            load.sent,
-            load.reasons
-        );
-        Ok(())
-    }
 }

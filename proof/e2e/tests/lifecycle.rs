@@ -147,7 +147,8 @@ fn a_reboot_starts_the_guest_anew_and_keeps_its_disk(shared: &mut Shared) -> Res
     let before = guest.status()?;
     shared.cluster.json(&["vm", "reboot", "anew", "--wait"])?;
     let end = Instant::now() + BOOT_LIMIT;
-    while guest.status().is_ok_and(|now| now.follows(&before).is_ok()) {
+    let again = || guest.status_within(Duration::from_secs(1));
+    while again().is_ok_and(|now| now.follows(&before).is_ok()) {
         ensure!(Instant::now() < end, "the guest was not reset");
     }
     let after = shared.guest("anew")?.status()?;
@@ -372,6 +373,8 @@ fn operations_are_listed_shown_and_waited_for(shared: &mut Shared) -> Result<()>
     cluster
         .attempt(&["op", "show", "0197b2a0-0000-7000-8000-000000000000"])?
         .refused(4)?;
+    // A guest that is not up yet does not hear its power button.
+    shared.guest("ops")?;
     let late = cluster.json(&["vm", "stop", "ops", "--grace", "60", "--no-wait"])?;
     let late = late["id"].as_str().context("no id")?;
     let ended = cluster.attempt(&["op", "wait", late, "--timeout", "0"])?;
@@ -464,7 +467,10 @@ fn a_paused_vm_arrives_paused(shared: &mut Shared) -> Result<()> {
         vm.state,
         vm.host
     );
-    ensure!(guest.status().is_err(), "a paused guest answers");
+    ensure!(
+        guest.status_within(Duration::from_secs(1)).is_err(),
+        "a paused guest answers"
+    );
     shared.cluster.json(&["vm", "resume", "still", "--wait"])?;
     shared.settled(&guest, 2)?;
     guest.status()?.follows(&before)
