@@ -7,7 +7,8 @@ use driver::{Action, Condition, CopyCost, CopyState, Files, Happened, Launch, Mo
 use model::{
     BootId, Definition, Epoch, Generation, HostId, Mac, Millis, OperationId, PoolId, PortId, Revision, Terms, VmId,
     VolumeId,
-    layout::{Family, Layout},
+    host::Accelerator,
+    layout::{Device, DeviceKind, Family, Layout},
     order::{Endpoint, Happening, PortUse, Verb, VmOrder, VolumePlace, VolumeUse},
     storage::Format,
     template::Boot,
@@ -57,7 +58,28 @@ pub(crate) fn definition() -> Box<Definition> {
     })
 }
 
-LAYOUT
+fn layout(port: PortId) -> Layout {
+    let device = |id: &str, slot, kind| Device {
+        id: id.to_owned(),
+        bus: "pcie.0".to_owned(),
+        slot,
+        kind,
+    };
+    let volume = place().volume;
+    Layout {
+        version: Layout::VERSION,
+        family: Family::Q35,
+        machine: "pc-q35-7.2".to_owned(),
+        accelerator: Accelerator::Tcg,
+        cpu: "qemu64".to_owned(),
+        vcpus: 1,
+        memory_mib: 256,
+        devices: vec![
+            device("net0", 2, DeviceKind::Net { port }),
+            device("disk0", 10, DeviceKind::Disk { volume }),
+        ],
+    }
+}
 
 pub(crate) fn terms() -> Terms {
     Terms {
@@ -227,13 +249,19 @@ impl Machine {
             }
             Effect::Spawn(launch) => {
                 assert!(self.process.is_none(), "a second process");
-                let condition = if launch.mode == Mode::Boot { Condition::Standing } else { Condition::Loading };
+                let condition = if launch.mode == Mode::Boot {
+                    Condition::Standing
+                } else {
+                    Condition::Loading
+                };
                 self.process = Some(condition);
                 self.tell(Happened::Up { condition });
             }
             Effect::Adopt => match self.process {
                 Some(condition) => self.tell(Happened::Up { condition }),
-                None => self.tell(Happened::NotUp { reason: "gone".to_owned() }),
+                None => self.tell(Happened::NotUp {
+                    reason: "gone".to_owned(),
+                }),
             },
             Effect::Act(action) => self.act(&action),
             Effect::OpenPorts => self.residue = true,
@@ -278,7 +306,10 @@ impl Machine {
             }
             Action::Stand => {
                 self.process = Some(Condition::Standing);
-                self.tell(Happened::Standing { at_ms: 1, settled: true });
+                self.tell(Happened::Standing {
+                    at_ms: 1,
+                    settled: true,
+                });
                 self.outside.push(Outside::Stood);
             }
             Action::PowerButton if self.heeds => {
@@ -299,7 +330,9 @@ impl Machine {
 
     pub(crate) fn dies(&mut self) {
         self.process = None;
-        self.tell(Happened::Died { detail: "ended".to_owned() });
+        self.tell(Happened::Died {
+            detail: "ended".to_owned(),
+        });
     }
 
     /// Nothing is left to do: the next timer runs out, if one is set.

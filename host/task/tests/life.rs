@@ -1,0 +1,192 @@
+//! Life on one host: every order does what it says, also when the agent dies before any one of its effects, and when the host reboots.
+
+mod machine;
+
+use driver::Condition;
+use machine::{Machine, order, place, start};
+use model::{
+    Millis,
+    order::{Happening, OffCause, Verb, VmOrder},
+};
+
+/// A machine on which these orders, all but the last, were carried out.
+fn after(verbs: &[Verb]) -> Machine {
+    let mut machine = Machine::new(0);
+    for (revision, verb) in (1..).zip(verbs) {
+        machine.order(order(1, revision, verb.clone()));
+        machine.settle();
+    }
+    machine
+}
+
+fn stop() -> Verb {
+    Verb::Stop { grace: Millis(1000) }
+}
+
+fn remove() -> Verb {
+    Verb::Remove { volumes: vec![place()] }
+}
+
+fn off(seen: &Happening) -> bool {
+    matches!(seen, Happening::Off { .. })
+}
+
+/// Each order with those before it, what is seen afterwards, and what the process does.
+fn scenarios() -> Vec<(Vec<Verb>, Happening, Option<Condition>)> {
+    let ordered = Happening::Off {
+        cause: OffCause::Ordered,
+    };
+    let (running, standing) = (Some(Condition::Running), Some(Condition::Standing));
+    vec![
+        (vec![start()], Happening::Running, running),
+        (vec![start(), stop()], ordered.clone(), None),
+        (vec![start(), Verb::Kill], ordered, None),
+        (vec![start(), Verb::Reboot], Happening::Running, running),
+        (vec![start(), Verb::Pause], Happening::Paused, standing),
+        (vec![start(), Verb::Pause, Verb::Resume], Happening::Running, running),
+        (vec![start(), Verb::Pause, remove()], Happening::Removed, None),
+        (vec![start(), stop(), start()], Happening::Running, running),
+        (vec![start(), stop(), remove()], Happening::Removed, None),
+    ]
+}
+
+#[test]
+fn each_order_does_what_it_says() {
+    for (verbs, seen, process) in scenarios() {
+        let machine = after(&verbs);
+        assert_eq!(machine.process, process, "{verbs:?}");
+        assert!(
+            machine.seen() == seen || off(&seen) && off(&machine.seen()),
+            "{:?} after {verbs:?}",
+            machine.seen()
+        );
+        assert_eq!(machine.disk, seen != Happening::Removed);
+        assert_eq!(machine.residue, process.is_some(), "something is left after {verbs:?}");
+    }
+}
+
+#[test]
+fn an_order_is_carried_out_once_and_answered_again_from_the_journal() {
+    for (verbs, ..) in scenarios() {
+        let mut machine = after(&verbs);
+        let (effects, resets) = (machine.effects, machine.resets);
+        let answers = machine.reports.len();
+        let last = u64::try_from(verbs.len()).expect("few");
+        machine.order(order(1, last, verbs.last().expect("some").clone()));
+        machine.settle();
+        assert_eq!((machine.effects, machine.resets), (effects + 1, resets), "{verbs:?}");
+        assert_eq!(machine.reports.len(), answers + 1, "{verbs:?} is answered again");
+    }
+}
+
+/// The agent dies before effect `n` of the last order, comes back, and the controller sends the order again. `false` when there are fewer
+/// effects.
+fn dies_before(n: u32, rebooted: bool, verbs: &[Verb]) -> Option<Machine> {
+    let (last, before) = verbs.split_last().expect("some");
+    let mut machine = after(before);
+    machine.dies_in = Some(n);
+    let again: VmOrder = order(1, u64::try_from(verbs.len()).expect("few"), last.clone());
+    machine.order(again.clone());
+    machine.settle();
+    if machine.task.is_some() {
+        return None;
+    }
+    machine.restart(rebooted);
+    machine.settle();
+    machine.order(again);
+    machine.settle();
+    Some(machine)
+}
+
+#[test]
+fn a_dead_agent_does_not_keep_an_order_from_being_done() {
+    for (verbs, seen, process) in scenarios() {
+        let mut points = 0;
+        while let Some(machine) = dies_before(points, false, &verbs) {
+            assert_eq!(machine.process, process, "{verbs:?}, dead before effect {points}");
+            assert!(
+                machine.seen() == seen || off(&seen) && off(&machine.seen()),
+                "{verbs:?}, dead before effect {points}"
+            );
+            assert_eq!(
+                machine.disk,
+                seen != Happening::Removed,
+                "{verbs:?}, dead before effect {points}"
+            );
+            assert_eq!(
+                machine.residue,
+                process.is_some(),
+                "{verbs:?}, dead before effect {points}: something is left"
+            );
+            points += 1;
+        }
+        assert!(points >= 2, "{verbs:?} has only {points} effects");
+    }
+}
+
+#[test]
+fn a_host_that_lost_power_has_the_vm_off_and_says_so() {
+    for (verbs, seen, _) in scenarios() {
+        let mut points = 0;
+        while let Some(machine) = dies_before(points, true, &verbs) {
+            // An order that it had not seen before is carried out on what the reboot left; a start then runs.
+            let runs = matches!(verbs.last(), Some(Verb::Start { .. })) && machine.process == Some(Condition::Running);
+            let at = format!("{verbs:?}, no power before effect {points}: {:?}", machine.seen());
+            assert!(runs || machine.process.is_none() && !machine.residue, "{at}");
+            assert!(
+                runs || off(&machine.seen()) || machine.seen() == Happening::Removed,
+                "{at}"
+            );
+            assert!(!machine.disk || seen != Happening::Removed, "{at}");
+            points += 1;
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_heed_the_button_is_ended_after_its_grace() {
+    let mut machine = after(&[start()]);
+    machine.heeds = false;
+    machine.order(order(1, 2, stop()));
+    machine.settle();
+    assert_eq!(machine.process, None);
+    assert!(off(&machine.seen()));
+}
+
+#[test]
+fn a_guest_that_powers_off_or_dies_is_told_of_with_the_cause() {
+    let mut machine = after(&[start()]);
+    machine
+        .inputs
+        .push_back(task::Input::Driver(driver::Happened::PoweredOff));
+    machine.dies();
+    machine.settle();
+    assert_eq!(machine.reports.last(), Some(&Happening::Off { cause: OffCause::Guest }));
+    let mut machine = after(&[start()]);
+    machine.dies();
+    machine.settle();
+    assert!(matches!(
+        machine.reports.last(),
+        Some(Happening::Off {
+            cause: OffCause::Died { .. }
+        })
+    ));
+    assert!(!machine.residue);
+}
+
+#[test]
+fn nothing_is_decided_before_a_restarted_agent_has_looked_for_the_process() {
+    for verb in [Verb::Kill, start(), stop(), remove()] {
+        let mut machine = after(&[start()]);
+        machine.task = None;
+        machine.restart(false);
+        // The order comes before the answer to the search.
+        machine
+            .inputs
+            .push_front(task::Input::Order(Box::new(order(1, 2, verb.clone()))));
+        assert_eq!(machine.seen(), Happening::Running, "it is not off: it is not known yet");
+        machine.settle();
+        let ends = !matches!(verb, Verb::Start { .. });
+        assert_eq!(machine.process.is_none(), ends, "{verb:?}");
+    }
+}

@@ -1,0 +1,268 @@
+//! A VM that moves between two machines: it arrives; it stays when it is cancelled in time; and whichever agent dies before whichever
+//! effect, in the end one host has it and the other nothing.
+
+mod machine;
+
+use driver::{Condition, Happened};
+use machine::{Machine, Outside, copied, definition, endpoint, host, nearly, order, start, terms};
+use model::order::{Happening, Verb};
+use task::{Input, Peer};
+
+/// Two machines, and the copy between them.
+struct Pair {
+    a: Machine,
+    b: Machine,
+    copying: bool,
+    sent: bool,
+    /// Turns after which both are told to cancel.
+    cancel_in: Option<u32>,
+    revision: u64,
+}
+
+impl Pair {
+    /// The VM runs on A; B is told to receive it.
+    fn new() -> Self {
+        let (mut a, mut b) = (Machine::new(0), Machine::new(1));
+        a.order(order(1, 1, start()));
+        a.settle();
+        let receive = Verb::Receive {
+            terms: terms(),
+            definition: definition(),
+        };
+        b.disk = true;
+        b.order(order(2, 2, receive));
+        Self {
+            a,
+            b,
+            copying: false,
+            sent: false,
+            cancel_in: None,
+            revision: 3,
+        }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.revision += 1;
+        self.revision
+    }
+
+    /// What the controller does: tells A to send once B waits, and cancels when it is to.
+    fn control(&mut self) {
+        let receives = self
+            .b
+            .reports
+            .iter()
+            .any(|what| matches!(what, Happening::Receiving { .. }));
+        if receives && !self.sent {
+            self.sent = true;
+            let send = Verb::Send {
+                terms: terms(),
+                to: endpoint(),
+            };
+            self.a.order(order(1, 3, send));
+        }
+        self.cancel_in = match self.cancel_in {
+            Some(0) => {
+                self.cancel();
+                None
+            }
+            other => other.map(|left| left - 1),
+        };
+    }
+
+    fn cancel(&mut self) {
+        let cancel = Verb::Cancel { terms: terms() };
+        let revision = self.next();
+        if self.sent {
+            self.a.order(order(1, revision, cancel));
+        } else {
+            self.b.order(order(2, revision, cancel));
+        }
+    }
+
+    /// Carries words and memory over.
+    fn route(&mut self) {
+        for outside in std::mem::take(&mut self.a.outside) {
+            match outside {
+                Outside::Word(word) => hear(&mut self.b, 0, word),
+                Outside::Copy => {
+                    self.copying = true;
+                    self.a.inputs.push_back(Input::Driver(nearly()));
+                }
+                Outside::Stood if self.copying => {
+                    self.copying = false;
+                    if self.b.process == Some(Condition::Loading) {
+                        self.b.process = Some(Condition::Standing);
+                        self.b.inputs.push_back(Input::Driver(Happened::Loaded));
+                    }
+                    if self.a.process.is_some() {
+                        self.a.process = Some(Condition::Sent);
+                        self.a.inputs.push_back(Input::Driver(copied()));
+                    }
+                }
+                // The stream ends with a cancel; an agent that asks after it hears how it ended.
+                Outside::CopyCancelled => self.asked_after_copy(),
+                Outside::Stood | Outside::Closed => {}
+            }
+        }
+        for outside in std::mem::take(&mut self.b.outside) {
+            if let Outside::Word(word) = outside {
+                hear(&mut self.a, 1, word);
+            }
+        }
+    }
+
+    fn asked_after_copy(&mut self) {
+        self.copying = false;
+        if self.a.process == Some(Condition::Sent) {
+            self.a.inputs.push_back(Input::Driver(copied()));
+            return;
+        }
+        let reason = "it ended".to_owned();
+        self.a
+            .inputs
+            .push_back(Input::Driver(Happened::CopyFailed { reason: reason.clone() }));
+        if self.b.process == Some(Condition::Loading) {
+            self.b.inputs.push_back(Input::Driver(Happened::LoadFailed { reason }));
+        }
+    }
+
+    /// Goes on until nothing more happens; agents that died come back once nothing else is left to do.
+    fn settle(&mut self, rebooted: bool) {
+        for turns in 0..600 {
+            self.control();
+            let turned = [self.a.turn(), self.b.turn()];
+            self.route();
+            for machine in [&mut self.a, &mut self.b] {
+                if machine.task.is_none() {
+                    machine.inputs.clear();
+                }
+            }
+            self.check();
+            if turned.contains(&true) || !self.a.inputs.is_empty() || !self.b.inputs.is_empty() {
+                continue;
+            }
+            if self.a.task.is_none() || self.b.task.is_none() {
+                self.a.restart(rebooted);
+                self.b.restart(rebooted);
+                if self.a.task.is_some() && !self.sent {
+                    // A container of which nobody was told is given up: so is the move.
+                    self.cancel();
+                    self.sent = true;
+                }
+                continue;
+            }
+            // A word that nobody can answer any more is repeated for ever.
+            if !self.a.timer() && !self.b.timer() || rebooted && self.b.timers.is_empty() && turns > 400 {
+                return;
+            }
+        }
+        unreachable!("it does not come to rest");
+    }
+
+    fn check(&self) {
+        let both = self.a.process == Some(Condition::Running) && self.b.process == Some(Condition::Running);
+        assert!(!both, "two guests run");
+    }
+
+    fn runs(&self) -> [bool; 2] {
+        [&self.a, &self.b].map(|machine| machine.process == Some(Condition::Running))
+    }
+}
+
+fn hear(machine: &mut Machine, from: u128, word: Peer) {
+    if machine.task.is_some() {
+        let word = Peer {
+            host: host(from),
+            ..word
+        };
+        machine.inputs.push_back(Input::Peer(word));
+    }
+}
+
+#[test]
+fn a_vm_arrives_and_nothing_is_left_behind() {
+    let mut pair = Pair::new();
+    pair.settle(false);
+    assert_eq!(pair.runs(), [false, true]);
+    assert!(pair.a.process.is_none() && !pair.a.residue);
+    assert!(
+        matches!(pair.a.seen(), Happening::TornDown { .. }),
+        "{:?}",
+        pair.a.seen()
+    );
+    assert_eq!(pair.b.seen(), Happening::Running);
+    assert!(pair.a.disk && pair.b.disk, "the disk is shared and stays");
+}
+
+#[test]
+fn a_cancel_at_any_stage_leaves_the_vm_on_one_host_running() {
+    let mut stayed = 0;
+    for turns in 0..60 {
+        let mut pair = Pair::new();
+        pair.cancel_in = Some(turns);
+        pair.settle(false);
+        let runs = pair.runs();
+        assert!(runs[0] != runs[1], "cancelled after {turns} turns: {runs:?}");
+        let other = if runs[0] { &pair.b } else { &pair.a };
+        assert!(
+            other.process.is_none() && !other.residue,
+            "cancelled after {turns} turns: something is left"
+        );
+        stayed += u32::from(runs[0]);
+    }
+    assert!((5..55).contains(&stayed), "it stayed {stayed} times of 60");
+}
+
+#[test]
+fn whichever_agent_dies_before_whichever_effect_one_host_runs_the_vm() {
+    for side in [0, 1] {
+        let mut points = 0;
+        loop {
+            let mut pair = Pair::new();
+            let machine = if side == 0 { &mut pair.a } else { &mut pair.b };
+            machine.dies_in = Some(points);
+            pair.settle(false);
+            let machine = if side == 0 { &pair.a } else { &pair.b };
+            if machine.dies_in.is_some() {
+                break;
+            }
+            let at = format!("agent {side} dead before effect {points}");
+            let runs = pair.runs();
+            assert!(
+                runs[0] != runs[1],
+                "{at}: {runs:?}, {:?} {:?}",
+                pair.a.seen(),
+                pair.b.seen()
+            );
+            let other = if runs[0] { &pair.b } else { &pair.a };
+            assert!(
+                other.process.is_none() && !other.residue,
+                "{at}: {runs:?}, left: {:?} {} {:?}",
+                other.process,
+                other.residue,
+                other.reports
+            );
+            points += 1;
+        }
+        assert!(points >= 10, "side {side} has only {points} effects");
+    }
+}
+
+#[test]
+fn a_host_that_loses_power_at_any_point_never_makes_two_of_it() {
+    for side in [0, 1] {
+        for points in 0..40 {
+            let mut pair = Pair::new();
+            let machine = if side == 0 { &mut pair.a } else { &mut pair.b };
+            machine.dies_in = Some(points);
+            // Every step checks that not both run; without power nothing of the old boot may be taken for alive.
+            pair.settle(true);
+            let machine = if side == 0 { &pair.a } else { &pair.b };
+            assert!(
+                machine.dies_in.is_some() || !pair.runs()[side],
+                "a guest of the old boot runs"
+            );
+        }
+    }
+}
