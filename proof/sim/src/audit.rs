@@ -82,7 +82,7 @@ impl Sim {
             };
             let right = match vm.status.state {
                 VmState::Active => on(Condition::Running) == 1 && found.len() == 1,
-                VmState::Paused => on(Condition::Standing) == 1 && found.len() == 1,
+                VmState::Paused => on(Condition::Standing) + on(Condition::Sent) == 1 && found.len() == 1,
                 VmState::Inactive => found.is_empty(),
                 // Unknown by the rules: a copy may stand where it was released; it does not run.
                 VmState::Failed => found.is_empty() || vm.status.moving.is_some() && on(Condition::Running) == 0,
