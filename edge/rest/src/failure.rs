@@ -17,18 +17,38 @@ impl Failure {
         Refusal::new(Code::InvalidInput, message).hint(hint).into()
     }
 
+    /// As its refusal has it, but that what it repeats of the request can do nothing to a terminal or a log.
+    fn of(refusal: &Refusal) -> Box<Problem> {
+        let mut problem = Problem::of(refusal, None);
+        problem.detail = visible(&problem.detail);
+        Box::new(problem)
+    }
+
     /// A refusal whose status says more than its code does.
     pub(crate) fn with_status(status: StatusCode, refusal: &Refusal) -> Self {
-        let mut problem = Problem::of(refusal, None);
+        let mut problem = Self::of(refusal);
         problem.status = status.as_u16();
         problem.title = status.canonical_reason().unwrap_or_default().to_owned();
-        Self(Box::new(problem))
+        Self(problem)
     }
+}
+
+/// A text with its control characters written out.
+fn visible(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for one in text.chars() {
+        if one.is_control() {
+            shown.extend(one.escape_default());
+        } else {
+            shown.push(one);
+        }
+    }
+    shown
 }
 
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
-        Self(Box::new(Problem::of(&refusal, None)))
+        Self(Self::of(&refusal))
     }
 }
 
@@ -49,5 +69,16 @@ impl IntoResponse for Failure {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_refusal_repeats_of_a_request_is_made_visible() {
+        let failure = Failure::input("no field `a\0b\n\u{1b}[31m` is known, nor ä", "");
+        assert_eq!(failure.0.detail, "no field `a\\u{0}b\\n\\u{1b}[31m` is known, nor ä");
     }
 }

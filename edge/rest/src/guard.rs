@@ -28,12 +28,15 @@ pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) 
 }
 
 fn meant_for_us(app: &App, uri: &Uri, headers: &HeaderMap) -> Result<(), Failure> {
-    if headers.contains_key(header::CONTENT_LENGTH) && headers.contains_key(header::TRANSFER_ENCODING) {
-        // Two readers on the way could find the next request in different places (RFC 9112, 6.3).
-        return Err(Failure::input(
-            "the request announces its length in two ways",
-            "send one of Content-Length and Transfer-Encoding",
-        ));
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // Beside a Content-Length two readers on the way could find the next request in different places (RFC 9112, 6.3), and
+        // hyper has taken that header away by now: chunks are refused altogether.
+        let refusal = Refusal::new(
+            Code::InvalidInput,
+            "the request's length is not announced by Content-Length alone",
+        )
+        .hint("send Content-Length, and no Transfer-Encoding");
+        return Err(Failure::with_status(StatusCode::LENGTH_REQUIRED, &refusal));
     }
     let authority = authority(uri, headers)?;
     let host = authority

@@ -254,7 +254,7 @@ async fn a_request_for_another_host_or_from_a_foreign_page_is_refused() {
         .header(header::CONTENT_LENGTH, 0)
         .header(header::TRANSFER_ENCODING, "chunked");
     assert_eq!(
-        api.refused("two lengths", twice.body(Body::empty()).unwrap(), 400)
+        api.refused("two lengths", twice.body(Body::empty()).unwrap(), 411)
             .await,
         "invalid-input"
     );

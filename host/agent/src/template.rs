@@ -61,14 +61,34 @@ fn named(shared: &Shared, pool: PoolId) -> Result<Arc<NamedPool>, Refusal> {
     })
 }
 
-/// Fetches a template's blobs and takes its disk in; what it holds then.
+/// Fetches a template's blobs and takes its disk in; what it holds then. What was fetched for nothing is removed.
 async fn fetch(
     shared: &Arc<Shared>,
     operation: model::OperationId,
     pool: PoolId,
-    mut content: Content,
+    content: Content,
 ) -> Result<Content, Refusal> {
     let into = named(shared, pool)?;
+    let mut fetched = vec![];
+    let taken = fetch_into(shared, operation, &into, content, &mut fetched).await;
+    if taken.is_err() {
+        for digest in fetched {
+            if let Err(error) = into.pool.delete_blob(digest) {
+                tracing::warn!(%digest, error = &error as &dyn std::error::Error, "a refused blob was not removed");
+            }
+        }
+    }
+    taken
+}
+
+/// As [`fetch`]; `fetched` has what was not there before, however it ends.
+async fn fetch_into(
+    shared: &Arc<Shared>,
+    operation: model::OperationId,
+    into: &Arc<NamedPool>,
+    mut content: Content,
+    fetched: &mut Vec<Digest>,
+) -> Result<Content, Refusal> {
     for blob in content.blobs().collect::<Vec<_>>() {
         let progress = Progress {
             doing: "fetching".to_owned(),
@@ -76,7 +96,9 @@ async fn fetch(
             ..Progress::default()
         };
         shared.progress(operation, progress);
-        fetch_blob(shared, &into, blob).await?;
+        if fetch_blob(shared, into, blob).await? {
+            fetched.push(blob.digest);
+        }
     }
     if let Some(disk) = content.disk {
         shared.progress(
@@ -86,7 +108,8 @@ async fn fetch(
                 ..Progress::default()
             },
         );
-        let converted = tokio::task::spawn_blocking(move || take_in(&into, disk)).await;
+        let pool = Arc::clone(into);
+        let converted = tokio::task::spawn_blocking(move || take_in(&pool, disk)).await;
         content.disk = Some(converted.map_err(|_| Refusal::new(Code::HostFailed, "vetting the disk broke off"))??);
     }
     Ok(content)
@@ -122,8 +145,8 @@ fn take_in(pool: &NamedPool, disk: Disk) -> Result<Disk, Refusal> {
     })
 }
 
-/// Fetches a blob that the pool lacks.
-pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<(), Refusal> {
+/// Fetches a blob that the pool lacks; whether it did.
+pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<bool, Refusal> {
     let failed = |why: String| {
         Refusal::new(
             Code::HostFailed,
@@ -136,7 +159,7 @@ pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob
         .map_err(|error| failed(chain(&error)))?
         == Some(blob.size_bytes)
     {
-        return Ok(());
+        return Ok(false);
     }
     let mut link = shared
         .link()
@@ -176,7 +199,7 @@ pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob
     }
     drop(pieces);
     match writer.await {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(())) => Ok(true),
         Ok(Err(error)) => Err(failed(chain(&error))),
         Err(_) => Err(failed("writing it broke off".to_owned())),
     }
