@@ -136,7 +136,7 @@ impl Task {
             | Role::Destination {
                 state: Destination::Unknown,
                 ..
-            } => vec![self.report(self.observed().what)],
+            } => vec![Effect::Save, self.report(self.observed().what)],
             Role::Source { terms: mine, .. } if mine.granted == terms.granted => {
                 self.source(SourceInput::GiveUp { reason })
             }
@@ -144,7 +144,7 @@ impl Task {
                 self.destination(DestinationInput::GiveUp { reason: reason.message })
             }
             // It is over here: say again how it ended.
-            _ => vec![self.report(self.observed().what)],
+            _ => vec![Effect::Save, self.report(self.observed().what)],
         }
     }
 
