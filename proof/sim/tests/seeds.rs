@@ -20,9 +20,8 @@ fn checked(seed: u64, trace: bool) -> Outcome {
     for line in &outcome.trace {
         eprintln!("{line}");
     }
-    if let Some(broken) = &outcome.broken {
-        panic!("seed {seed}: {broken}\nGODWIT_SEED={seed} cargo test -p sim --test seeds");
-    }
+    let replay = format!("GODWIT_SEED={seed} cargo test -p sim --test seeds");
+    assert_eq!(outcome.broken, None, "seed {seed}; replay it: {replay}");
     outcome
 }
 
