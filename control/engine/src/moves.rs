@@ -389,7 +389,9 @@ pub(crate) fn unknown(txn: &mut Txn<'_>, vm: VmId, host: HostId, why: &str) {
     let running = running(txn, vm);
     let state = txn.world().vm(vm).map(|row| row.status.state);
     let kept = running.is_none() && !matches!(state, Some(VmState::Migrating | VmState::Failed));
-    let unsent = running.as_ref().is_some_and(|(_, migration)| migration.stage <= Stage::Reservation);
+    let unsent = running
+        .as_ref()
+        .is_some_and(|(_, migration)| migration.stage <= Stage::Reservation);
     if host == terms.destination && unsent {
         return voided(txn, vm, why);
     }
