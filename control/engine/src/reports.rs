@@ -300,7 +300,9 @@ fn power(txn: &mut Txn<'_>, said: &Said<'_>) {
         }
         return;
     }
-    if held.is_none() && vm.status.moving.is_some() && vm.status.state == VmState::Migrating {
+    // Failed: the other host could not tell; the source can.
+    let open = matches!(vm.status.state, VmState::Migrating | VmState::Failed);
+    if held.is_none() && vm.status.moving.is_some() && open {
         // An old word that comes twice must not decide who has it: only how it is now, or the answer to the order to give up.
         if said.inventory || said.revision >= vm.status.ordered {
             moves::kept(txn, said.vm, &kept);

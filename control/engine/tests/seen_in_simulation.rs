@@ -98,3 +98,16 @@ fn a_start_under_way_is_not_ended_by_an_inventory_that_does_not_know_of_its_end(
     cell.answer(at, &start, Happening::Running);
     assert_eq!(cell.vm("web1").status.state, VmState::Active);
 }
+
+#[test]
+fn a_source_that_still_runs_the_vm_settles_what_its_destination_could_not_tell() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive) = reserved(&mut cell);
+    cell.answer(destination, &receive, Happening::Receiving { tunnel_port: 9 });
+    let (_, send) = cell.last_order();
+    cell.answer(destination, &receive, unknown());
+    assert_eq!(cell.vm("web1").status.state, VmState::Failed);
+    // Its agent died before it could say `Kept`.
+    cell.answer(source, &send, Happening::Running);
+    assert_eq!(cell.vm("web1").status.state, VmState::Active);
+}
