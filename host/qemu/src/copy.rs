@@ -1,15 +1,20 @@
 //! Bookkeeping of an outgoing copy: rounds, speed, end. No input and output here.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use driver::{CopyCost, CopyState, Happened};
 use model::Round;
 use qmp::{MigrationInfo, MigrationRam, MigrationStatus};
 
+/// The shortest interval over which a speed is told: two looks in a row, by a timer and by an event, tell nothing.
+const RATE_OVER: Duration = Duration::from_millis(10);
+
 /// A copy under way.
 #[derive(Debug, Clone)]
 pub(crate) struct Copy {
     last: Mark,
+    /// Speed over the last interval that was long enough to tell.
+    bytes_per_s: u64,
     round_began: Mark,
     round: u64,
     /// When it was asked to stop.
@@ -36,11 +41,25 @@ impl Mark {
 
 impl Copy {
     pub(crate) fn begin(at: Instant) -> Self {
-        let mark = Mark { at, bytes: 0 };
+        Self::from(Mark { at, bytes: 0 }, 0)
+    }
+
+    /// A copy that an earlier agent began: its speed is counted from what was sent by now.
+    pub(crate) fn attend(info: &MigrationInfo, at: Instant) -> Self {
+        let ram = info.ram.clone().unwrap_or_default();
+        let mark = Mark {
+            at,
+            bytes: ram.transferred,
+        };
+        Self::from(mark, ram.dirty_sync_count)
+    }
+
+    fn from(mark: Mark, round: u64) -> Self {
         Self {
             last: mark,
+            bytes_per_s: 0,
             round_began: mark,
-            round: 0,
+            round,
             cancelled: None,
         }
     }
@@ -52,16 +71,19 @@ impl Copy {
         let ended = (ram.dirty_sync_count > self.round || over)
             .then(|| self.end_round(&ram, at))
             .flatten();
+        if at.saturating_duration_since(self.last.at) >= RATE_OVER {
+            self.bytes_per_s = self.last.rate(at, ram.transferred);
+            self.last = Mark {
+                at,
+                bytes: ram.transferred,
+            };
+        }
         let state = CopyState {
             bytes: ram.transferred,
             remaining_bytes: ram.remaining,
-            bytes_per_s: self.last.rate(at, ram.transferred),
+            bytes_per_s: self.bytes_per_s,
             round: self.round.max(1),
             ended,
-        };
-        self.last = Mark {
-            at,
-            bytes: ram.transferred,
         };
         let mut happened = Vec::new();
         if info.ram.is_some() && (!over || ended.is_some()) {
@@ -130,8 +152,6 @@ pub(crate) fn outcome(info: &MigrationInfo) -> Happened {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn info(status: MigrationStatus, pass: u64, transferred: u64, remaining: u64) -> MigrationInfo {
@@ -147,6 +167,24 @@ mod tests {
             downtime: Some(4),
             ..MigrationInfo::default()
         }
+    }
+
+    #[test]
+    fn a_copy_that_is_attended_or_looked_at_twice_in_a_row_tells_no_wild_speed() {
+        let begin = Instant::now();
+        let after = |ms| begin + Duration::from_millis(ms);
+        let mut copy = Copy::attend(&info(MigrationStatus::Active, 2, 4 << 30, 1 << 30), begin);
+        let speed = |copy: &mut Copy, bytes, at| match copy.seen(&info(MigrationStatus::Active, 2, bytes, 1 << 30), at)
+        {
+            (told, false) => match told.as_slice() {
+                [Happened::Copying(state)] => state.bytes_per_s,
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(speed(&mut copy, 4 << 30, after(1)), 0);
+        assert_eq!(speed(&mut copy, (4 << 30) + 1000, after(100)), 10_000);
+        assert_eq!(speed(&mut copy, (4 << 30) + 2000, after(101)), 10_000);
     }
 
     #[test]
