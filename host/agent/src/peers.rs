@@ -11,7 +11,10 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -54,16 +57,33 @@ enum LinkError {
 /// The connections to other agents.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
-    links: Mutex<BTreeMap<HostId, mpsc::Sender<Relay>>>,
+    links: Mutex<BTreeMap<HostId, Link>>,
+}
+
+/// A connection, or one that is being made.
+#[derive(Clone, Debug)]
+struct Link {
+    words: mpsc::Sender<Relay>,
+    /// Whether the other side has answered. Until then a word may wait here for a host that is not there any more.
+    up: Arc<AtomicBool>,
+}
+
+impl Link {
+    fn new(up: bool) -> (Self, mpsc::Receiver<Relay>) {
+        let (words, queue) = mpsc::channel(WAITING_MAX);
+        let up = Arc::new(AtomicBool::new(up));
+        (Self { words, up }, queue)
+    }
 }
 
 impl Peers {
-    /// Says a word: directly where there is a connection, else, or when `also_relay`, by way of the controller.
+    /// Says a word: directly where there is a connection; by way of the controller where there is none, where it is only being
+    /// made, or when `also_relay`. A guest may stand until the word is heard, so it does not wait for a connection to fail.
     pub(crate) fn say(&self, shared: &Shared, word: Relay, also_relay: bool) {
         let direct = self
             .lock()
             .get(&word.to)
-            .is_some_and(|link| link.try_send(word).is_ok());
+            .is_some_and(|link| link.words.try_send(word).is_ok() && link.up.load(Ordering::Relaxed));
         if !direct || also_relay {
             shared.reports.push(Report::Relay(word));
         }
@@ -71,24 +91,25 @@ impl Peers {
 
     /// Makes sure that there is a connection to a host, or that one is being made.
     pub(crate) fn ensure(self: &Arc<Self>, shared: &Arc<Shared>, host: HostId, address: SocketAddr) {
-        let words = {
+        let (up, words) = {
             let mut links = self.lock();
-            if links.get(&host).is_some_and(|link| !link.is_closed()) {
+            if links.get(&host).is_some_and(|link| !link.words.is_closed()) {
                 return;
             }
-            let (link, words) = mpsc::channel(WAITING_MAX);
+            let (link, words) = Link::new(false);
+            let up = Arc::clone(&link.up);
             links.insert(host, link);
-            words
+            (up, words)
         };
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
-            if let Err(error) = dial(&shared, host, address, words).await {
+            if let Err(error) = dial(&shared, host, address, &up, words).await {
                 tracing::warn!(%host, %address, error = &error as &dyn std::error::Error, "no connection to the other agent");
             }
         });
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<HostId, mpsc::Sender<Relay>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<HostId, Link>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -97,6 +118,7 @@ async fn dial(
     shared: &Arc<Shared>,
     host: HostId,
     address: SocketAddr,
+    up: &AtomicBool,
     words: mpsc::Receiver<Relay>,
 ) -> Result<(), LinkError> {
     let config = tls::to_host(&shared.identity(), host.0)?;
@@ -112,7 +134,9 @@ async fn dial(
     stream.write_all(&wire::encode(&hello, FRAME_BYTES_MAX)?).await?;
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
     match next(&mut stream, &mut decoder).await? {
-        Some(Peer::Accepted { version }) if (wire::VERSION_MIN..=wire::VERSION_MAX).contains(&version) => {}
+        Some(Peer::Accepted { version }) if (wire::VERSION_MIN..=wire::VERSION_MAX).contains(&version) => {
+            up.store(true, Ordering::Relaxed);
+        }
         _ => return Err(LinkError::Version),
     }
     talk(shared, host, stream, decoder, words).await
@@ -167,7 +191,7 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
     stream
         .write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?)
         .await?;
-    let (link, words) = mpsc::channel(WAITING_MAX);
+    let (link, words) = Link::new(true);
     shared.peers.lock().insert(host, link);
     talk(shared, host, stream, decoder, words).await
 }

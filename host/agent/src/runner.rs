@@ -170,7 +170,7 @@ impl Runner {
 
     async fn effect(&mut self, effect: Effect) -> Result<(), String> {
         match effect {
-            Effect::Save => self.shared.save(self.task.saved()).map_err(|error| chain(&error))?,
+            Effect::Save(saved) => self.shared.save(&saved).map_err(|error| chain(&error))?,
             Effect::Prepare { definition, mode } => self.prepare(definition, mode),
             Effect::Spawn(launch) => self.spawn(launch),
             Effect::Adopt => self.adopt(),
