@@ -6,6 +6,8 @@ use model::{
     order::VmOrder, order::VmReport, order::VolumePlace,
 };
 
+use crate::saved::Saved;
+
 /// What a task is told.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
@@ -39,8 +41,8 @@ pub struct Peer {
 /// What a task wants done, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    /// Append [`crate::Task::saved`] to the journal before going on.
-    Save,
+    /// Append this to the journal before going on: how it was when the effect was decided, which is not how it is at the step's end.
+    Save(Box<Saved>),
     /// Fetch blobs that are missing, make the ports, blocked. For [`Mode::Boot`] make volumes that are missing; for [`Mode::Wait`]
     /// they must be there. Answered by [`Input::Prepared`].
     Prepare {

@@ -26,7 +26,7 @@ impl Task {
                 self.saved.role = Role::Holder;
                 self.saved.definition = Some(definition);
                 self.saved.pending = Some(Pending::Start);
-                vec![Effect::Save, self.prepare(Mode::Boot)]
+                vec![self.save(), self.prepare(Mode::Boot)]
             }
         }
     }
@@ -69,7 +69,7 @@ impl Task {
             }),
             Some(condition) => {
                 self.saved.pending = Some(Pending::End);
-                let mut effects = vec![Effect::Save];
+                let mut effects = vec![self.save()];
                 // A guest that stands sees no button.
                 if condition == Condition::Standing {
                     effects.push(Effect::Act(Action::Run));
@@ -98,7 +98,7 @@ impl Task {
         }
         self.saved.power = Power::Off;
         self.saved.pending = Some(pending);
-        let mut effects = vec![Effect::Save, Effect::Stop(Timer::Grace)];
+        let mut effects = vec![self.save(), Effect::Stop(Timer::Grace)];
         match self.up {
             Some(_) => effects.push(Effect::Act(Action::Kill)),
             // What prepares or spawns answers yet; its answer ends it.
@@ -164,7 +164,7 @@ impl Task {
             ));
         }
         self.saved.pending = Some(pending);
-        vec![Effect::Save, Effect::Act(action)]
+        vec![self.save(), Effect::Act(action)]
     }
 
     /// The guest runs.
@@ -289,7 +289,7 @@ impl Task {
         }
         match &self.saved.pending {
             Some(Pending::Remove { .. } | Pending::End) => self.ended(),
-            _ if self.saved.power == Power::Off => vec![Effect::Save],
+            _ if self.saved.power == Power::Off => vec![self.save()],
             _ => self.off_by_reboot(),
         }
     }

@@ -92,7 +92,7 @@ impl Task {
         self.moving = Move::default();
         let tunnel = Effect::Tunnel(Tunnel::Listen(Box::new(terms)));
         vec![
-            Effect::Save,
+            self.save(),
             tunnel,
             self.prepare(Mode::Wait),
             Effect::Set(Timer::Deadline, allowed),
@@ -118,7 +118,7 @@ impl Task {
         };
         self.moving = Move::default();
         vec![
-            Effect::Save,
+            self.save(),
             // If it came here a moment ago: that move's last words must not end this move's tunnel.
             Effect::Stop(Timer::Linger),
             Effect::Tunnel(Tunnel::Close),
@@ -136,7 +136,7 @@ impl Task {
             | Role::Destination {
                 state: Destination::Unknown,
                 ..
-            } => vec![Effect::Save, self.report(self.observed().what)],
+            } => vec![self.save(), self.report(self.observed().what)],
             Role::Source { terms: mine, .. } if mine.granted == terms.granted => {
                 self.source(SourceInput::GiveUp { reason })
             }
@@ -144,7 +144,7 @@ impl Task {
                 self.destination(DestinationInput::GiveUp { reason: reason.message })
             }
             // It is over here: say again how it ended.
-            _ => vec![Effect::Save, self.report(self.observed().what)],
+            _ => vec![self.save(), self.report(self.observed().what)],
         }
     }
 
@@ -195,8 +195,8 @@ impl Task {
         };
         match effect {
             SourceEffect::Journal => match state {
-                Source::Released => vec![Effect::Save, self.report(Happening::Released)],
-                _ => vec![Effect::Save],
+                Source::Released => vec![self.save(), self.report(Happening::Released)],
+                _ => vec![self.save()],
             },
             SourceEffect::Stand => vec![Effect::Act(Action::Stand)],
             SourceEffect::CancelCopy if self.moving.copying => vec![Effect::Act(Action::CancelCopy)],
@@ -326,7 +326,7 @@ impl Task {
         match effect {
             DestinationEffect::Journal => {
                 self.decide();
-                vec![Effect::Save]
+                vec![self.save()]
             }
             DestinationEffect::Run if self.wants_run() => {
                 vec![
@@ -668,7 +668,11 @@ impl Task {
     /// After a restart: there is no process.
     pub(crate) fn moving_not_found(&mut self, reason: &str) -> Vec<Effect> {
         let Role::Source { terms, state, .. } = self.saved.role.clone() else {
-            return self.moving_died(reason);
+            // Its end was written down, and the agent died before it was through with it.
+            return match self.destination_is_void() {
+                true => self.destination_over(),
+                false => self.moving_died(reason),
+            };
         };
         let state = Source::recover(&terms, Some(state), self.boot);
         self.set_source(state.clone());
@@ -680,6 +684,16 @@ impl Task {
             Source::Kept { .. } | Source::Reclaimed => self.source_over(),
             Source::Unknown => vec![],
         }
+    }
+
+    fn destination_is_void(&self) -> bool {
+        matches!(
+            self.saved.role,
+            Role::Destination {
+                state: Destination::Void { .. },
+                ..
+            }
+        )
     }
 
     /// After a reboot of the host.
@@ -695,9 +709,14 @@ impl Task {
                         let what = Happening::Unknown {
                             reason: REBOOTED.to_owned(),
                         };
-                        vec![Effect::Save, Effect::Clear, self.report(what)]
+                        vec![self.save(), Effect::Clear, self.report(what)]
                     }
-                    Source::Kept { .. } | Source::Reclaimed => {
+                    Source::Kept { .. } => {
+                        self.saved.role = Role::Holder;
+                        self.off_by_reboot()
+                    }
+                    Source::Reclaimed => {
+                        self.saved.generation = terms.reclaimed;
                         self.saved.role = Role::Holder;
                         self.off_by_reboot()
                     }
@@ -706,7 +725,7 @@ impl Task {
             Role::Destination { terms, state } => {
                 let recovered = Destination::recover(&terms, Some(state), self.boot, false);
                 self.set_destination(recovered.state.clone());
-                let mut effects = vec![Effect::Save];
+                let mut effects = vec![self.save()];
                 effects.extend(self.destination_effects(recovered.effects));
                 match recovered.state {
                     Destination::Run => {

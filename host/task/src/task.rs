@@ -153,7 +153,7 @@ impl Task {
         }
         if let Some(reason) = self.why_not(&order) {
             self.saved.refused = self.saved.refused.max(order.revision);
-            return vec![Effect::Save, self.report_for(&order, Happening::Refused { reason })];
+            return vec![self.save(), self.report_for(&order, Happening::Refused { reason })];
         }
         self.saved.revision = order.revision;
         self.saved.generation = order.generation;
@@ -325,11 +325,16 @@ impl Task {
         )
     }
 
+    /// Writes down how it is now: later changes of the same step are in later records.
+    pub(crate) fn save(&self) -> Effect {
+        Effect::Save(Box::new(self.saved.clone()))
+    }
+
     /// The order is carried out: remember the answer, and give it.
     pub(crate) fn answer(&mut self, what: Happening) -> Vec<Effect> {
         self.saved.pending = None;
         self.saved.answer = Some(what.clone());
-        vec![Effect::Save, self.report(what)]
+        vec![self.save(), self.report(what)]
     }
 
     /// The order cannot be carried out.

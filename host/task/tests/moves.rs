@@ -6,7 +6,7 @@ mod machine;
 use driver::{Condition, Happened};
 use machine::{Machine, Outside, copied, definition, endpoint, host, nearly, order, start, terms};
 use model::order::{Happening, Verb};
-use task::{Input, Peer};
+use task::{Input, Peer, Role};
 
 /// Two machines, and the copy between them.
 struct Pair {
@@ -265,4 +265,33 @@ fn a_host_that_loses_power_at_any_point_never_makes_two_of_it() {
             );
         }
     }
+}
+
+#[test]
+fn a_record_says_how_it_was_when_it_was_decided() {
+    let mut pair = Pair::new();
+    pair.cancel_in = Some(6);
+    let mut roles = vec![];
+    for _ in 0..200 {
+        pair.control();
+        for machine in [&mut pair.a, &mut pair.b] {
+            machine.turn();
+        }
+        roles.extend(pair.b.records.drain(..).map(|saved| saved.role));
+        pair.route();
+    }
+    let void = roles.iter().position(|role| {
+        matches!(
+            role,
+            Role::Destination {
+                state: handover::Destination::Void { .. },
+                ..
+            }
+        )
+    });
+    let none = roles.iter().rposition(|role| *role == Role::None);
+    assert!(
+        void.is_some() && void < none,
+        "the decision has a record of its own: {roles:?}"
+    );
 }

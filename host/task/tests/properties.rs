@@ -168,13 +168,18 @@ proptest! {
         for input in inputs {
             let effects = task.step(input.clone());
             let now = announced(task.saved());
-            let save = effects.iter().position(|effect| *effect == Effect::Save);
+            let save = effects.iter().position(|effect| matches!(effect, Effect::Save(_)));
             let deed = effects.iter().position(cannot_be_undone);
             if let Some(deed) = deed {
                 let journalled = now == journal || save.is_some_and(|save| save < deed);
                 prop_assert!(journalled, "{:?} led to {:?} with {:?} not in the journal", input, effects, now);
             }
-            if save.is_some() {
+            let records = effects.iter().filter_map(|effect| match effect {
+                Effect::Save(saved) => Some(announced(saved)),
+                _ => None,
+            });
+            if let Some(last) = records.last() {
+                prop_assert_eq!(&last, &now, "{:?} led to {:?}: the last record is not how it ended", input, effects);
                 journal = now;
             }
         }

@@ -150,7 +150,7 @@ impl Sim {
 
     fn effect(&mut self, host: usize, vm: VmId, effect: Effect) -> Checked {
         match effect {
-            Effect::Save => self.save(host, vm),
+            Effect::Save(saved) => self.save(host, vm, *saved),
             Effect::Prepare { definition, mode } => self.prepare(host, vm, *definition, mode),
             Effect::Spawn(launch) => return self.spawn(host, vm, &launch),
             Effect::Adopt => match self.process_of(host, vm) {
@@ -197,12 +197,9 @@ impl Sim {
         Ok(())
     }
 
-    fn save(&mut self, host: usize, vm: VmId) {
+    fn save(&mut self, host: usize, vm: VmId, saved: Saved) {
         let now = self.now;
         let host = &mut self.hosts[host];
-        let Some(saved) = host.tasks.get(&vm).map(|runner| runner.task.saved().clone()) else {
-            return;
-        };
         host.unsynced.retain(|(at, ..)| at + SYNCED_AFTER_MS > now);
         let before = host.journal.insert(vm, saved);
         host.unsynced.push((now, vm, before));
@@ -499,6 +496,7 @@ fn short(effect: &Effect) -> String {
     match effect {
         Effect::Prepare { mode, .. } => format!("Prepare {mode:?}"),
         Effect::Spawn(launch) => format!("Spawn {:?}", launch.mode),
+        Effect::Save(saved) => format!("Save {:?} {:?}", saved.role, saved.pending),
         other => format!("{other:?}"),
     }
 }

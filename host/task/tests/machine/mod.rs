@@ -130,6 +130,8 @@ pub(crate) struct Machine {
     pub(crate) task: Option<Task>,
     pub(crate) boot: BootId,
     pub(crate) journal: Option<Saved>,
+    /// All records that were written.
+    pub(crate) records: Vec<Saved>,
     pub(crate) process: Option<Condition>,
     pub(crate) disk: bool,
     /// A port or a run directory is there.
@@ -165,6 +167,7 @@ impl Machine {
             task: Some(Task::new(VM, host(n), boot(n))),
             boot: boot(n),
             journal: None,
+            records: vec![],
             process: None,
             disk: false,
             residue: false,
@@ -206,7 +209,7 @@ impl Machine {
             }
             self.dies_in = self.dies_in.map(|left| left - 1);
             self.effects += 1;
-            self.effect(&task, effect);
+            self.effect(effect);
         }
         self.task = Some(task);
     }
@@ -232,9 +235,12 @@ impl Machine {
         self.inputs.push_back(Input::Driver(happened));
     }
 
-    fn effect(&mut self, task: &Task, effect: Effect) {
+    fn effect(&mut self, effect: Effect) {
         match effect {
-            Effect::Save => self.journal = Some(task.saved().clone()),
+            Effect::Save(saved) => {
+                self.records.push((*saved).clone());
+                self.journal = Some(*saved);
+            }
             Effect::Prepare { definition, mode } => {
                 self.residue = true;
                 self.disk = true;
