@@ -344,6 +344,7 @@ mod tests {
         // Needs root, as everything in this crate.
         let probe = Probe::start(Path::new("/proc/self/ns/net"), Ipv4Addr::LOCALHOST).unwrap();
         let first = probe.wait_answer(Duration::from_secs(5)).unwrap();
+        // tidy: sleep because what is tested is a probe over time
         thread::sleep(Duration::from_millis(300));
         let now = now_ns();
         assert!(probe.longest_gap(first, now).ms() < 250.0);

@@ -139,7 +139,7 @@ fn untouched(shared: &mut Shared, crash: impl FnOnce(&mut Shared) -> Result<()>)
     let load = Load::start(&shared.cluster.lab().client_netns(), guest.ip, 50)?;
     crash(shared)?;
     let host = format!("h{FROM}");
-    let up = |shared: &Shared| Ok::<_, anyhow::Error>(shared.cluster.json(&["host", "show", &host])?);
+    let up = |shared: &Shared| shared.cluster.json(&["host", "show", &host]);
     until(SETTLE_LIMIT, "the host is not up again", || {
         Ok(up(shared)?["status"]["link"] == "up")
     })?;

@@ -137,6 +137,7 @@ fn the_probe_sees_a_cut_cable_as_a_gap() {
     let from = probe.wait_answer(Duration::from_secs(5)).unwrap();
     let h1 = lab.host(1).unwrap();
     h1.cut().unwrap();
+    // tidy: sleep because the length of the cut is what is measured
     std::thread::sleep(Duration::from_millis(100));
     h1.heal().unwrap();
     let to = probe.wait_answer(Duration::from_secs(5)).unwrap();
