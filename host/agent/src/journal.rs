@@ -9,8 +9,10 @@
 //! Invariants:
 //! - A record is in the kernel before [`Journal::append`] returns: it survives the agent. It survives a loss of power only after
 //!   its [`Journal::sync_handle`] was synced; a host that lost power runs no guest, and its boot id tells.
-//! - A torn or damaged tail is cut off at the first bad record; nothing after it is read.
-//! - Compaction writes a new file and renames it: there is always one whole journal.
+//! - A torn or damaged tail is cut off at the first bad record; nothing after it is read. A part of a record that could not be
+//!   written is cut off before the next one is: nothing whole ever lies behind something torn.
+//! - Compaction writes a new file and renames it: there is always one whole journal. It runs beside [`Journal::append`], which never
+//!   waits for a disk; one that fails is told of and tried again later, and harms no record.
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +20,8 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use model::{BootId, VmId};
@@ -31,6 +35,9 @@ const COMPACT_BYTES: u64 = 4 << 20;
 /// VMs that are gone of which a record is kept, so that late words about them are answered; the oldest go.
 const TOMBSTONES_MAX: usize = 1000;
 const HEADER_BYTES: usize = 8;
+/// Between two tries to write a record, at first and at most.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// The agent's journal.
 #[derive(Debug)]
@@ -39,8 +46,21 @@ pub(crate) struct Journal {
     file: File,
     boot: BootId,
     sequence: u64,
+    /// Length of what is whole.
     bytes: u64,
+    /// Something that is not whole may lie behind it.
+    torn: bool,
+    /// Nothing is compacted before the file is longer than this, bytes.
+    compact_above: u64,
     last: BTreeMap<VmId, Kept>,
+}
+
+/// A journal that is being written anew, and does not count yet.
+struct Draft {
+    path: PathBuf,
+    records: Vec<u8>,
+    /// The last record of which it knows.
+    up_to: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -123,6 +143,8 @@ impl Journal {
             boot,
             sequence,
             bytes: good as u64,
+            torn: false,
+            compact_above: COMPACT_BYTES,
             last,
         })
     }
@@ -144,13 +166,12 @@ impl Journal {
     /// [`JournalError`]; then nothing that the record announces may be done.
     pub(crate) fn append(&mut self, saved: &Saved) -> Result<(), JournalError> {
         let record = Self::encode(self.sequence + 1, self.boot, saved)?;
+        self.cut().map_err(|source| self.fail(source))?;
         if let Err(source) = self.file.write_all(&record) {
-            // A part of the record must not stay in front of the next one.
-            let _ = self.file.set_len(self.bytes);
-            return Err(JournalError::File {
-                path: self.path.clone(),
-                source,
-            });
+            self.torn = true;
+            // Where this fails too it is done before the next record.
+            let _ = self.cut();
+            return Err(self.fail(source));
         }
         self.sequence += 1;
         self.bytes += record.len() as u64;
@@ -162,10 +183,23 @@ impl Journal {
             },
         );
         self.forget_oldest();
-        if self.bytes > COMPACT_BYTES && self.bytes > 4 * self.held_bytes() {
-            self.compact()?;
+        Ok(())
+    }
+
+    /// A part of a record must not stay in front of the next one.
+    fn cut(&mut self) -> io::Result<()> {
+        if self.torn {
+            self.file.set_len(self.bytes)?;
+            self.torn = false;
         }
         Ok(())
+    }
+
+    fn fail(&self, source: io::Error) -> JournalError {
+        JournalError::File {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     /// A handle by which the file can be brought to disk without holding the journal.
@@ -173,10 +207,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError::File`].
     pub(crate) fn sync_handle(&self) -> Result<File, JournalError> {
-        self.file.try_clone().map_err(|source| JournalError::File {
-            path: self.path.clone(),
-            source,
-        })
+        self.file.try_clone().map_err(|source| self.fail(source))
     }
 
     fn held_bytes(&self) -> u64 {
@@ -203,29 +234,40 @@ impl Journal {
         }
     }
 
-    fn compact(&mut self) -> Result<(), JournalError> {
-        let fail = |source| JournalError::File {
-            path: self.path.clone(),
-            source,
-        };
-        let draft = self.path.with_extension("new");
+    /// What is to be written anew, if the file is too long for what it holds.
+    fn draft(&mut self) -> Option<Result<Draft, JournalError>> {
+        if self.bytes <= self.compact_above || self.bytes <= 4 * self.held_bytes() {
+            return None;
+        }
+        // Where this one fails: not again at the very next record.
+        self.compact_above = self.bytes + COMPACT_BYTES;
         let mut records = Vec::new();
         for kept in self.last.values() {
-            records.extend(Self::encode(kept.sequence, self.boot, &kept.saved)?);
+            match Self::encode(kept.sequence, self.boot, &kept.saved) {
+                Ok(record) => records.extend(record),
+                Err(error) => return Some(Err(error)),
+            }
         }
-        let _ = fs::remove_file(&draft);
-        let mut file = File::options()
-            .read(true)
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&draft)
-            .map_err(fail)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| fail(e.into()))?;
-        file.write_all(&records).and_then(|()| file.sync_data()).map_err(fail)?;
-        fs::rename(&draft, &self.path).map_err(fail)?;
+        Some(Ok(Draft {
+            path: self.path.with_extension("new"),
+            records,
+            up_to: self.sequence,
+        }))
+    }
+
+    /// Adds what was appended while the draft was written, and puts it in the journal's place.
+    fn replace(&mut self, mut file: File, draft: &Draft) -> Result<(), JournalError> {
+        let mut bytes = draft.records.len() as u64;
+        for kept in self.last.values().filter(|kept| kept.sequence > draft.up_to) {
+            let record = Self::encode(kept.sequence, self.boot, &kept.saved)?;
+            file.write_all(&record).map_err(|source| self.fail(source))?;
+            bytes += record.len() as u64;
+        }
+        fs::rename(&draft.path, &self.path).map_err(|source| self.fail(source))?;
         self.file = file;
-        self.bytes = records.len() as u64;
+        self.bytes = bytes;
+        self.torn = false;
+        self.compact_above = COMPACT_BYTES;
         Ok(())
     }
 
@@ -278,6 +320,61 @@ impl Journal {
     }
 }
 
+/// Writes the journal anew where it is too long for what it holds. Blocks on the disk; records are appended meanwhile.
+///
+/// # Errors
+/// [`JournalError`]; then the journal is as it was, and this is tried again once it has grown further.
+pub(crate) fn compact(journal: &Mutex<Journal>) -> Result<(), JournalError> {
+    let lock = || journal.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(draft) = lock().draft() else { return Ok(()) };
+    let draft = draft?;
+    let fail = |source| JournalError::File {
+        path: draft.path.clone(),
+        source,
+    };
+    let replaced = write_draft(&draft)
+        .map_err(fail)
+        .and_then(|file| lock().replace(file, &draft));
+    if replaced.is_err() {
+        // A leftover is written over by the next try.
+        let _ = fs::remove_file(&draft.path);
+    }
+    replaced?;
+    // Until the new name is on the disk, a loss of power brings the old file back.
+    let directory = draft.path.parent().unwrap_or(Path::new("/"));
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(fail)
+}
+
+fn write_draft(draft: &Draft) -> io::Result<File> {
+    match fs::remove_file(&draft.path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = File::options()
+        .read(true)
+        .append(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&draft.path)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+    file.write_all(&draft.records)?;
+    file.sync_data()?;
+    Ok(file)
+}
+
+/// Writes a record, however often it takes: what follows it was announced by it, so that nothing may happen before. What it is about
+/// stands still meanwhile, but for its process.
+pub(crate) async fn insist(vm: VmId, mut save: impl FnMut() -> Result<(), JournalError>) {
+    let mut pause = RETRY_MIN;
+    while let Err(error) = save() {
+        tracing::error!(%vm, error = &error as &dyn std::error::Error, "the VM waits: its state cannot be written down; make room or mend the disk");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use model::{Generation, Revision, id};
@@ -323,15 +420,121 @@ mod tests {
     fn a_long_journal_is_compacted_and_keeps_what_it_held() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        let mut journal = Journal::open(&path, boot()).unwrap();
+        let journal = Mutex::new(Journal::open(&path, boot()).unwrap());
         for revision in 1..20_000 {
-            journal.append(&saved(u128::from(revision % 3), revision)).unwrap();
+            journal
+                .lock()
+                .unwrap()
+                .append(&saved(u128::from(revision % 3), revision))
+                .unwrap();
+            compact(&journal).unwrap();
         }
         assert!(fs::metadata(&path).unwrap().len() < COMPACT_BYTES + 4096);
         drop(journal);
         let journal = Journal::open(&path, boot()).unwrap();
         assert_eq!(journal.saved().map(|s| s.revision.0).max(), Some(19_999));
         assert_eq!(journal.saved().count(), 3);
+    }
+
+    /// A journal longer than what it holds is worth.
+    fn long(path: &Path) -> Mutex<Journal> {
+        let mut journal = Journal::open(path, boot()).unwrap();
+        let mut revision = 0;
+        while journal.bytes <= COMPACT_BYTES {
+            revision += 1;
+            journal.append(&saved(1, revision)).unwrap();
+        }
+        Mutex::new(journal)
+    }
+
+    #[test]
+    fn a_record_that_comes_while_the_journal_is_written_anew_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let journal = long(&path);
+        let draft = journal.lock().unwrap().draft().unwrap().unwrap();
+        let file = write_draft(&draft).unwrap();
+        journal.lock().unwrap().append(&saved(1, 900_000)).unwrap();
+        journal.lock().unwrap().append(&saved(2, 900_001)).unwrap();
+        journal.lock().unwrap().replace(file, &draft).unwrap();
+        journal.lock().unwrap().append(&saved(3, 900_002)).unwrap();
+        drop(journal);
+        let read = Journal::open(&path, boot()).unwrap();
+        let revisions: Vec<_> = read.saved().map(|saved| saved.revision.0).collect();
+        assert_eq!(revisions, [900_000, 900_001, 900_002]);
+        assert!(fs::metadata(&path).unwrap().len() < 8192);
+    }
+
+    #[test]
+    fn a_compaction_that_fails_harms_no_record_and_is_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let journal = long(&path);
+        // The draft's name is taken by what cannot be removed as a file.
+        fs::create_dir(path.with_extension("new")).unwrap();
+        compact(&journal).unwrap_err();
+        let before = journal.lock().unwrap().bytes;
+        journal.lock().unwrap().append(&saved(1, 900_000)).unwrap();
+        compact(&journal).unwrap();
+        assert!(journal.lock().unwrap().bytes > before, "not at once again");
+        fs::remove_dir(path.with_extension("new")).unwrap();
+        journal.lock().unwrap().compact_above = COMPACT_BYTES;
+        compact(&journal).unwrap();
+        assert!(journal.lock().unwrap().bytes < 4096);
+        drop(journal);
+        assert_eq!(
+            Journal::open(&path, boot()).unwrap().saved().next().unwrap().revision.0,
+            900_000
+        );
+    }
+
+    /// On this device every write fails for want of room, and nothing can be cut off.
+    fn full() -> File {
+        File::options().write(true).open("/dev/full").unwrap()
+    }
+
+    #[test]
+    fn what_a_failed_write_left_is_cut_off_before_the_next_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = Journal::open(&path, boot()).unwrap();
+        journal.append(&saved(1, 1)).unwrap();
+        let good = std::mem::replace(&mut journal.file, full());
+        journal.append(&saved(1, 2)).unwrap_err();
+        assert!(journal.torn, "it could not be cut off");
+        journal.append(&saved(1, 3)).unwrap_err();
+        // Some of it had reached the file.
+        (&good).write_all(&[40, 0, 0, 0, 1, 2]).unwrap();
+        journal.file = good;
+        journal.append(&saved(1, 4)).unwrap();
+        journal.append(&saved(2, 5)).unwrap();
+        drop(journal);
+        let read = Journal::open(&path, boot()).unwrap();
+        assert_eq!(read.saved().map(|saved| saved.revision.0).collect::<Vec<_>>(), [4, 5]);
+    }
+
+    #[tokio::test]
+    async fn nothing_goes_on_before_a_record_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = Journal::open(&path, boot()).unwrap();
+        let vm = saved(1, 1).vm;
+        let good = std::mem::replace(&mut journal.file, full());
+        let (mut good, mut tries) = (Some(good), 0);
+        insist(vm, || {
+            tries += 1;
+            if tries == 3 {
+                journal.file = good.take().unwrap();
+            }
+            journal.append(&saved(1, 7))
+        })
+        .await;
+        assert_eq!(tries, 3);
+        drop(journal);
+        assert_eq!(
+            Journal::open(&path, boot()).unwrap().saved_of(vm).unwrap().revision.0,
+            7
+        );
     }
 
     proptest! {

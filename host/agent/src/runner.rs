@@ -27,6 +27,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     console::Serial,
+    journal,
     shared::{Shared, Shown, lock},
     template::{chain, fetch_blob},
     tunnels::Tunnel,
@@ -123,11 +124,7 @@ impl Runner {
             while self.gone {
                 // Under the same lock as feeding: nothing that comes now is lost.
                 match self.shared.forget(self.vm, &mut queue) {
-                    Some(fed) => {
-                        self.gone = false;
-                        self.take(fed).await;
-                        self.gone |= self.task.is_gone();
-                    }
+                    Some(fed) => self.take(fed).await,
                     None => return,
                 }
             }
@@ -153,24 +150,22 @@ impl Runner {
         tracing::debug!(vm = %self.vm, ?input, "input");
         let effects = self.task.step(input);
         self.carry_out(effects).await;
+        self.gone = self.task.is_gone();
     }
 
     async fn carry_out(&mut self, effects: Vec<Effect>) {
         let mut effects = VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
             tracing::debug!(vm = %self.vm, ?effect, "effect");
-            // What cannot be journalled must not be done; what follows it was announced by it.
-            if let Err(reason) = self.effect(effect).await {
-                tracing::error!(vm = %self.vm, reason, "given up until the agent restarts");
-                break;
-            }
+            self.effect(effect).await;
         }
         *lock(&self.shown.observed) = self.task.observed();
     }
 
-    async fn effect(&mut self, effect: Effect) -> Result<(), String> {
+    async fn effect(&mut self, effect: Effect) {
         match effect {
-            Effect::Save(saved) => self.shared.save(&saved).map_err(|error| chain(&error))?,
+            // A barrier: what cannot be journalled must not be done, and no more is decided upon it. The process goes on by itself.
+            Effect::Save(saved) => journal::insist(self.vm, || self.shared.save(&saved)).await,
             Effect::Prepare { definition, mode } => self.prepare(definition, mode),
             Effect::Spawn(launch) => self.spawn(launch),
             Effect::Adopt => self.adopt(),
@@ -188,9 +183,9 @@ impl Runner {
             }
             Effect::Report(report) => self.shared.reports.push(Report::Vm(report)),
             Effect::Progress(operation, progress) => self.shared.progress(operation, progress),
-            Effect::Gone => self.gone = true,
+            // Seen after the whole step: the same step may have taken new work.
+            Effect::Gone => {}
         }
-        Ok(())
     }
 
     fn prepare(&self, definition: Box<Definition>, mode: Mode) {

@@ -23,7 +23,7 @@ use wire::{Up, session::FRAME_BYTES_MAX};
 use crate::{
     AgentConfig, Membership,
     console::Serial,
-    journal::{Journal, JournalError},
+    journal::{self, Journal, JournalError},
     peers::Peers,
     reports::Reports,
     runner::{self, Fed},
@@ -175,6 +175,14 @@ impl Shared {
             });
             if let Ok(Err(error)) = synced.await {
                 tracing::error!(%error, "the journal is not on the disk; a loss of power now would make VMs unknown");
+            }
+            let shared = Arc::clone(&self);
+            let compacted = tokio::task::spawn_blocking(move || journal::compact(&shared.journal));
+            if let Ok(Err(error)) = compacted.await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the journal grows: it was not written anew; tried again later"
+                );
             }
         }
     }
