@@ -84,7 +84,8 @@ impl Peers {
             .lock()
             .get(&word.to)
             .is_some_and(|link| link.words.try_send(word).is_ok() && link.up.load(Ordering::Relaxed));
-        if !direct || also_relay {
+        // Without a session it would only wait, and be old: words are repeated as long as they matter.
+        if (!direct || also_relay) && shared.link().is_some() {
             shared.reports.push(Report::Relay(word));
         }
     }

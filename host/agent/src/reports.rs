@@ -8,8 +8,8 @@ use std::{
 use model::{Report, id::Sequence};
 use tokio::sync::Notify;
 
-/// Reports kept at once. When there are more the oldest go, and the next session begins with an inventory in any case, which tells
-/// all that they told.
+/// Reports kept at once. When there are more the oldest go, and count as acknowledged: the next session begins behind them, and with an
+/// inventory in any case, which tells all that they told.
 const KEPT_MAX: usize = 10_000;
 
 /// The reports that are not acknowledged yet.
@@ -34,7 +34,10 @@ impl Reports {
         inner.last += 1;
         let sequence = Sequence(inner.last);
         if inner.kept.len() == KEPT_MAX {
-            inner.kept.pop_front();
+            // A gap that is not declared would end every session that meets it.
+            if let Some((dropped, _)) = inner.kept.pop_front() {
+                inner.acknowledged = inner.acknowledged.max(dropped.0);
+            }
         }
         inner.kept.push_back((sequence, report));
         drop(inner);
@@ -113,5 +116,10 @@ mod tests {
         }
         let kept = reports.after(Sequence(0), usize::MAX).await;
         assert_eq!((kept.len(), kept[0].0), (KEPT_MAX, Sequence(6)));
+        assert_eq!(
+            reports.acknowledged(),
+            Sequence(5),
+            "the next session begins behind the gap"
+        );
     }
 }
