@@ -85,7 +85,7 @@ impl Api {
         let mut stream = self.connect()?;
         // A server that refuses early may close while we still send; its answer counts.
         let sent = stream.write_all(request).and_then(|()| stream.flush());
-        let mut reader = BufReader::new(stream);
+        let mut reader = BufReader::new(Incoming(stream));
         let (status, head) = match head(&mut reader) {
             Ok(read) => read,
             Err(error) => return Err(error.context(format!("no answer (sending ended {sent:?})"))),
@@ -341,6 +341,24 @@ fn read_events(reader: impl BufRead, sender: &SyncSender<Event>) {
                 }
             }
             _ => {}
+        }
+    }
+}
+
+/// What the server says, whether or not it still takes what we say: rustls' own stream would first finish writing.
+struct Incoming(Tls);
+
+impl Read for Incoming {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Tls { conn, sock } = &mut self.0;
+        loop {
+            match conn.reader().read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    conn.read_tls(sock)?;
+                    conn.process_new_packets().map_err(io::Error::other)?;
+                }
+                read => return read,
+            }
         }
     }
 }

@@ -120,13 +120,18 @@ impl Lab {
         self.dir.join("logs")
     }
 
-    /// Copies the logs to a directory that outlives the lab; none when that fails,
+    /// Copies the logs, those of hosts' VMs and tunnels too, to a directory that outlives the lab; none when that fails,
     /// because this is for telling why something else failed.
     pub fn keep_logs(&self) -> Option<PathBuf> {
-        let kept = std::env::temp_dir().join(format!("godwit-lab-logs-{}", self.id));
-        fs::create_dir(&kept).ok()?;
+        let named = |n: u32| std::env::temp_dir().join(format!("godwit-lab-logs-{}-{n}", self.id));
+        let kept = (1..100).map(named).find(|dir| fs::create_dir(dir).is_ok())?;
         for entry in fs::read_dir(self.logs()).ok()?.flatten() {
             fs::copy(entry.path(), kept.join(entry.file_name())).ok()?;
+        }
+        for host in &self.hosts {
+            for part in ["state/logs", "run"] {
+                keep(&host.dir().join(part), &kept.join(host.name()).join(part));
+            }
         }
         Some(kept)
     }
@@ -202,6 +207,18 @@ impl Drop for Lab {
         }
         for host in &mut self.hosts {
             host.reap();
+        }
+    }
+}
+
+/// Copies what is called `*.log` below a directory; what cannot be read, or vanishes meanwhile, is left out.
+fn keep(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).into_iter().flatten().flatten() {
+        let (path, place) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() && !path.is_symlink() {
+            keep(&path, &place);
+        } else if path.extension().is_some_and(|extension| extension == "log") {
+            let _ = fs::create_dir_all(to).and_then(|()| fs::copy(&path, &place));
         }
     }
 }
