@@ -72,8 +72,8 @@ pub(crate) fn observed(txn: &mut Txn<'_>, host: HostId, observed: &VmObserved) {
 fn hear(txn: &mut Txn<'_>, said: &Said<'_>) {
     answered(txn, said);
     let Some(vm) = txn.world().vm(said.vm) else {
-        // A VM that was deleted: its host says so again.
-        if !matches!(said.what, Happening::Removed | Happening::Off { .. }) {
+        // A VM that was deleted: its host says so again, or how an earlier stay ended there.
+        if !is_gone(said.what) {
             let detail = format!("it told of VM {}, which is not known; look at that host", said.vm);
             hosts::complain(txn, said.host, detail);
         }
@@ -87,11 +87,22 @@ fn hear(txn: &mut Txn<'_>, said: &Said<'_>) {
     }
     let standing = standing(vm, said);
     let stale = said.revision < vm.status.observed;
-    if matches!(standing, Standing::Holder | Standing::Source) && !stale && said.revision <= vm.status.ordered {
+    let holds = matches!(standing, Standing::Holder | Standing::Source);
+    // A refused order is not among those that the host then says it has seen: its next inventory would pass for an old one.
+    let counts = holds && !matches!(said.what, Happening::Refused { .. });
+    if counts && !stale && said.revision <= vm.status.ordered {
         txn.edit_vm(said.vm, |vm| vm.status.observed = said.revision);
     }
     means(txn, said, standing, stale);
     reconcile::settle_terms(txn, said.vm);
+}
+
+/// Whether a host says that nothing of the VM runs there: no reason for an alarm, whatever the world knows of the VM.
+const fn is_gone(what: &Happening) -> bool {
+    matches!(
+        what,
+        Happening::Removed | Happening::Off { .. } | Happening::Voided { .. } | Happening::TornDown { .. }
+    )
 }
 
 /// The outbox keeps an order until its host has answered it, or a later one.
@@ -147,14 +158,11 @@ fn stranger(txn: &mut Txn<'_>, said: &Said<'_>) {
         .world()
         .vm(said.vm)
         .is_some_and(|vm| said.generation < vm.status.generation);
-    let gone = matches!(
-        said.what,
-        Happening::Removed | Happening::Off { .. } | Happening::Voided { .. } | Happening::TornDown { .. }
-    );
+    let gone = is_gone(said.what);
     if past && said.inventory && !gone {
         return clear_leftover(txn, said);
     }
-    if !past {
+    if !past && !gone {
         let detail = format!(
             "it told of VM {} at generation {}, which it does not hold",
             said.vm, said.generation
@@ -362,6 +370,10 @@ fn off(txn: &mut Txn<'_>, said: &Said<'_>, cause: &OffCause) {
     if !vm.status.state.holds_capacity() {
         return;
     }
+    if said.inventory && said.revision < vm.status.observed {
+        // An inventory that was resent: since it was made the host has answered a later order.
+        return;
+    }
     let starting = vm.status.state == VmState::Provisioning && held.is_some();
     if said.inventory && starting && said.revision < vm.status.ordered {
         // Off until the start that is under way is done.
@@ -394,12 +406,17 @@ fn off(txn: &mut Txn<'_>, said: &Said<'_>, cause: &OffCause) {
     }
 }
 
+/// Whether a host answers the order of an operation: it names it, or has seen the newest order about the VM. That one may have
+/// gone to another host, so the number alone would miss the answer.
+fn answers(said: &Said<'_>, vm: &Vm, operation: OperationId) -> bool {
+    said.operation == Some(operation) || said.revision >= vm.status.ordered
+}
+
 fn rebooted(txn: &mut Txn<'_>, said: &Said<'_>) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
-    let answers = said.revision >= vm.status.ordered;
     let done = txn
         .holding(said.vm)
-        .filter(|held| answers && held.kind == OperationKind::RebootVm);
+        .filter(|held| held.kind == OperationKind::RebootVm && answers(said, vm, held.id));
     if let Some(id) = done.map(|held| held.id) {
         txn.finish(id, OperationState::Succeeded);
     }
@@ -408,13 +425,12 @@ fn rebooted(txn: &mut Txn<'_>, said: &Said<'_>) {
 /// Nothing of it is left on its host: the answer to an order to delete it, else it ended there.
 fn removed(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing) {
     let Some(vm) = txn.world().vm(said.vm) else { return };
-    let answers = said.revision >= vm.status.ordered;
     let deleting = txn
         .holding(said.vm)
         .filter(|held| held.kind == OperationKind::DeleteVm)
         .map(|held| held.id);
     match deleting {
-        Some(id) if answers => {
+        Some(id) if answers(said, vm, id) => {
             lifecycle::erase(txn, said.vm);
             txn.finish(id, OperationState::Succeeded);
         }
