@@ -8,7 +8,8 @@
 //!  Tick ────▶ tick ─▶ reconcile ─────────────▲
 //! ```
 //!
-//! Invariants, each checked by [`audit`] after every step of the seeded tests:
+//! Invariants:
+//! - Each of these is checked by [`audit`] or by the seeded tests after every step.
 //! - The world changes through one type only, which records each change: a copy that applies the effects is the same world.
 //! - A host never holds more than it offers; a move under way counts on both ends until each has said that it is clear.
 //! - A VM's generation only grows, and is never given to two hosts. The destination's word alone makes it the holder; the source
