@@ -16,6 +16,7 @@ use model::{
 use crate::{
     reconcile, reports,
     request::{self, Decision, Fresh, refuse},
+    stranded,
     txn::{Txn, target},
 };
 
@@ -154,7 +155,7 @@ pub(crate) fn remove(txn: &mut Txn<'_>, request: &Request, reference: &Reference
     }
     let id = Fresh::of(request).operation(world)?;
     let residual: Vec<VmId> = world.index.vms_on(host.id).collect();
-    for vm in residual {
+    for &vm in &residual {
         txn.edit_vm(vm, |vm| vm.status.cleared.extend([host.id]));
         reconcile::settle_terms(txn, vm);
     }
@@ -162,6 +163,9 @@ pub(crate) fn remove(txn: &mut Txn<'_>, request: &Request, reference: &Reference
     see_pools(txn, host.id, &[]);
     txn.notice_host(host.id, "host.removed", String::new());
     txn.delete(Key::Host(host.id));
+    for vm in residual {
+        stranded::begin(txn, vm);
+    }
     let target = target(TargetKind::Host, host.id.0, &host.name);
     request::done(txn, request, id, OperationKind::RemoveHost, target)
 }

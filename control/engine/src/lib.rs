@@ -36,6 +36,7 @@ mod query;
 mod reconcile;
 mod reports;
 mod request;
+mod stranded;
 mod templates;
 mod tick;
 mod txn;

@@ -10,13 +10,14 @@
 //! alone makes it the holder. The source is the holder until then, and again by its own `Kept` or `Reclaimed`.
 
 use model::{
-    Code, HostId, Millis, OperationId, OperationState, Order, Receipt, Refusal, Revision, Stage, Terms, VmId, VmState,
+    Code, HostId, Message, Millis, OperationId, OperationState, Order, Receipt, Refusal, Revision, Stage, Terms, VmId,
+    VmState,
     migration::{Migration, StageTime},
     operation::Operation,
     order::{Endpoint, OffCause, Relay, Subject, Verb},
 };
 
-use crate::{create, hosts, index, lifecycle, reconcile, txn::Txn};
+use crate::{create, hosts, index, lifecycle, reconcile, stranded, txn::Txn};
 
 /// The running operation of a VM's present terms.
 fn running(txn: &Txn<'_>, vm: VmId) -> Option<(OperationId, Migration)> {
@@ -291,8 +292,12 @@ pub(crate) fn voided(txn: &mut Txn<'_>, vm: VmId, why: &str) {
     let source_off = world
         .vm(vm)
         .is_some_and(|row| row.status.cleared.contains(&terms.source));
+    let known = world.vm(vm).is_some_and(|row| row.status.cleared.contains(&host));
     let vm_name = world.vm(vm).map_or_else(String::new, |row| row.name.to_string());
     clear(txn, vm, host);
+    if !known {
+        stranded::begin(txn, vm);
+    }
     if let Some((id, migration)) = running(txn, vm) {
         let message = format!("VM {vm_name} was not moved: {name} did not take it: {why}");
         txn.edit_operation(id, |operation| {
@@ -401,8 +406,8 @@ pub(crate) fn unknown(txn: &mut Txn<'_>, vm: VmId, host: HostId, why: &str) {
         reconcile::settle_terms(txn, vm);
         return;
     }
-    let host = lifecycle::host_name(txn.world(), host);
-    let text = format!("{host} cannot tell whether its last move took place: {why}");
+    let name = lifecycle::host_name(txn.world(), host);
+    let text = format!("{name} cannot tell whether its last move took place: {why}");
     txn.edit_vm(vm, |row| {
         row.status.state = VmState::Failed;
         row.status.reason = Some(text.clone());
@@ -411,7 +416,26 @@ pub(crate) fn unknown(txn: &mut Txn<'_>, vm: VmId, host: HostId, why: &str) {
         let hint = "reboot both hosts of the move, or let both agents connect and tell; then start the VM";
         txn.fail(id, Refusal::new(Code::HostFailed, text).hint(hint));
     }
+    if host == terms.destination && state != Some(VmState::Failed) {
+        stranded::begin(txn, vm);
+    }
     reconcile::settle_terms(txn, vm);
+}
+
+/// The destination has rebooted since and has no record of the terms: after the release it cannot tell who has the VM.
+pub(crate) fn lost_record(txn: &mut Txn<'_>, vm: VmId, host: HostId, why: &str) {
+    let Some(terms) = terms(txn, vm).filter(|terms| host == terms.destination) else {
+        return;
+    };
+    let facts = txn.world().host(host).and_then(|host| host.status.facts.as_ref());
+    let rebooted = facts.is_some_and(|facts| facts.boot != terms.destination_boot);
+    let released = match running(txn, vm) {
+        Some((_, migration)) => migration.stage >= Stage::Commitment,
+        None => is_unsettled(txn, vm),
+    };
+    if rebooted && released && is_still_here(txn, vm, &terms) {
+        unknown(txn, vm, host, why);
+    }
 }
 
 /// A cancel came after the release: the move goes on.
@@ -498,10 +522,13 @@ pub(crate) fn expire(txn: &mut Txn<'_>, id: OperationId, vm: VmId, migration: &M
 /// Passes a word on to the other agent, if the VM's stored terms name both.
 pub(crate) fn relay(txn: &mut Txn<'_>, host: HostId, relay: Relay) {
     let terms = terms(txn, relay.vm).filter(|terms| terms.granted == relay.granted);
-    let ends = terms.map(|terms| [terms.source, terms.destination]);
+    let ends = terms.as_ref().map(|terms| [terms.source, terms.destination]);
     let fits = ends.is_some_and(|[a, b]| [(a, b), (b, a)].contains(&(relay.from, relay.to)));
     if relay.from == host && fits {
         txn.send(relay.to, Order::Relay(relay));
+        if relay.message == Message::Release && terms.is_some_and(|terms| terms.source == host) {
+            stranded::heard(txn, relay.vm);
+        }
         return;
     }
     let concerned = txn

@@ -8,7 +8,7 @@ use model::{
 };
 use uuid::Uuid;
 
-use crate::{hosts, index, lifecycle, moves, reconcile, txn::Txn, world::World};
+use crate::{hosts, index, lifecycle, moves, reconcile, stranded, txn::Txn, world::World};
 
 /// One host's word about one VM.
 struct Said<'r> {
@@ -173,6 +173,10 @@ fn stranger(txn: &mut Txn<'_>, said: &Said<'_>) {
 
 /// A later generation runs elsewhere, so what this host still has is of no use; its disks are not touched.
 fn clear_leftover(txn: &mut Txn<'_>, said: &Said<'_>) {
+    if *said.what == Happening::Released {
+        // It waits for the other host of terms that are long over, and obeys only what is above them.
+        return stranded::remove_above(txn, said.host, said.vm);
+    }
     let Some(revision) = txn.world().vm(said.vm).map(|vm| vm.status.ordered.next()) else {
         return;
     };
@@ -236,7 +240,12 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
         (Happening::Receiving { tunnel_port }, Destination) => moves::receiving(txn, vm, *tunnel_port),
         (Happening::Copying, Source) => moves::reached(txn, vm, Stage::IterativePreCopy),
         (Happening::Stopped, Source) => moves::reached(txn, vm, Stage::StopAndCopy),
-        (Happening::Released, Source) => moves::reached(txn, vm, Stage::Commitment),
+        (Happening::Released, Source) => {
+            moves::reached(txn, vm, Stage::Commitment);
+            stranded::released(txn, vm, said.revision);
+        }
+        (Happening::Released, FormerSource) => stranded::say_run(txn, vm),
+        (Happening::Removed, Standing::Past) if is_above_terms(txn, said) => stranded::removed(txn, vm),
         (Happening::Activated { resumed_at_ms }, Destination) => {
             moves::activated(txn, vm, said.revision, *resumed_at_ms);
         }
@@ -258,7 +267,10 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
         (Happening::Unknown { reason }, Source | Destination | FormerSource) => {
             moves::unknown(txn, vm, said.host, reason);
         }
-        (Happening::TooLate, Source) => moves::too_late(txn, vm),
+        (Happening::TooLate, Source) => {
+            moves::too_late(txn, vm);
+            stranded::released(txn, vm, said.revision);
+        }
         _ => {}
     }
 }
@@ -290,6 +302,12 @@ fn has_reclaimed(txn: &Txn<'_>, said: &Said<'_>) -> bool {
         .as_ref()
         .filter(|terms| vm.status.generation == terms.held);
     terms.is_some_and(|terms| said.host == terms.source && said.generation == terms.reclaimed)
+}
+
+/// The source answers an order that was given above everything that its terms allow.
+fn is_above_terms(txn: &Txn<'_>, said: &Said<'_>) -> bool {
+    let terms = txn.world().vm(said.vm).and_then(|vm| vm.status.moving.as_ref());
+    terms.is_some_and(|terms| said.host == terms.source && said.generation > terms.reclaimed)
 }
 
 /// It runs, or stands, on the host that holds it.
@@ -519,6 +537,9 @@ fn lost(txn: &mut Txn<'_>, host: HostId, vm: VmId, cause: &OffCause, why: &str) 
     }
     if terms.is_some_and(|terms| [terms.source, terms.destination].contains(&host)) {
         moves::forgot(txn, vm, host, why);
+        if *cause != OffCause::HostRebooted {
+            moves::lost_record(txn, vm, host, why);
+        }
         // Whatever the terms were, nothing of them is left in its memory.
         let holds = txn.world().vm(vm).is_some_and(|vm| {
             vm.status.host == Some(host) && vm.status.state.holds_capacity() && vm.status.state != VmState::Migrating

@@ -8,10 +8,11 @@
 
 mod cell;
 
-use cell::{Cell, by_name, wanted};
+use cell::{Cell, by_name, facts, wanted};
 use model::{
-    Code, Command, Generation, HostId, OperationId, Receipt, Refusal, Report, Revision, VmId, VmState,
-    order::{Happening, OffCause, Verb, VmObserved, VmOrder, VmReport},
+    BootId, Code, Command, Generation, HostId, Message, OperationId, Order, Receipt, Refusal, Report, Revision, VmId,
+    VmState,
+    order::{Happening, OffCause, Relay, Verb, VmObserved, VmOrder, VmReport},
 };
 use uuid::Uuid;
 
@@ -137,4 +138,180 @@ fn tombstones_of_deleted_vms_are_no_alarm_but_a_process_is() {
     assert_eq!(alarms(&cell), 0);
     cell.report(host, inventory(vm, Generation(1), Revision(3), Happening::Running));
     assert_eq!(alarms(&cell), 1);
+}
+
+/// A move whose source has released the VM: source, destination, and their orders.
+fn released(cell: &mut Cell) -> (HostId, HostId, VmOrder, VmOrder) {
+    let source = cell.running("web1");
+    let vm = by_name("web1");
+    cell.ask(Command::MigrateVm { vm, to: None }).unwrap();
+    let (destination, receive) = cell.last_order();
+    cell.answer(destination, &receive, Happening::Receiving { tunnel_port: 9 });
+    let (_, send) = cell.last_order();
+    cell.answer(source, &send, Happening::Released);
+    (source, destination, receive, send)
+}
+
+/// The destination comes back from a loss of power, and its journal cannot tell.
+fn forgets(cell: &mut Cell, destination: HostId, receive: &VmOrder) {
+    let new = BootId(Uuid::from_u128(0xb007));
+    cell.report(
+        destination,
+        Report::Facts(Box::new(facts(new, &[(cell::SHARED, "shared")]))),
+    );
+    let reason = "it rebooted".to_owned();
+    cell.answer(destination, receive, Happening::Unknown { reason });
+}
+
+/// The source says to the destination, by way of the controller, that it has released the VM.
+fn says_release(cell: &mut Cell, order: &VmOrder, source: HostId, destination: HostId) -> Vec<(HostId, Order)> {
+    let Verb::Send { terms, .. } = &order.verb else {
+        panic!("not the order to send")
+    };
+    let word = Relay {
+        vm: order.vm,
+        granted: terms.granted,
+        from: source,
+        to: destination,
+        message: Message::Release,
+    };
+    let before = cell.sent.len();
+    cell.report(source, Report::Relay(word));
+    cell.sent.split_off(before)
+}
+
+fn removes(sent: &[(HostId, Order)]) -> usize {
+    let is_remove = |order: &Order| matches!(order, Order::Vm(order) if matches!(order.verb, Verb::Remove { .. }));
+    sent.iter().filter(|(_, order)| is_remove(order)).count()
+}
+
+fn reclaimed(order: &VmOrder) -> Generation {
+    match &order.verb {
+        Verb::Send { terms, .. } => terms.reclaimed,
+        other => panic!("not the order to send but {other:?}"),
+    }
+}
+
+#[test]
+fn the_controller_answers_a_source_for_a_destination_that_forgot_that_it_ran() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive, send) = released(&mut cell);
+    cell.answer(destination, &receive, Happening::Activated { resumed_at_ms: None });
+    forgets(&mut cell, destination, &receive);
+    assert_eq!(cell.vm("web1").status.state, VmState::Inactive);
+    let told = says_release(&mut cell, &send, source, destination);
+    let run = told.iter().find_map(|(to, order)| match order {
+        Order::Relay(word) if *to == source => Some(*word),
+        _ => None,
+    });
+    let run = run.unwrap();
+    assert_eq!((run.from, run.to, run.message), (destination, source, Message::Run));
+    // Its inventory is answered as well.
+    cell.sent.clear();
+    cell.report(
+        source,
+        inventory(send.vm, send.generation, send.revision, Happening::Released),
+    );
+    assert_eq!(cell.sent, [(source, Order::Relay(run))]);
+    let torn_down = Happening::TornDown {
+        receipt: Box::new(Receipt::default()),
+        stopped_at_ms: None,
+    };
+    cell.answer(source, &send, torn_down);
+    assert_eq!(cell.vm("web1").status.moving, None);
+    cell.ask(Command::StartVm(by_name("web1"))).unwrap();
+}
+
+#[test]
+fn no_run_is_said_for_a_destination_that_never_told_that_it_runs() {
+    let mut cell = Cell::of(2);
+    let (source, destination, _, send) = released(&mut cell);
+    let told = says_release(&mut cell, &send, source, destination);
+    assert!(matches!(&told[..], [(to, Order::Relay(_))] if *to == destination));
+}
+
+#[test]
+fn a_copy_whose_destination_cannot_tell_goes_away_and_the_vm_may_start_anew() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive, send) = released(&mut cell);
+    forgets(&mut cell, destination, &receive);
+    let (to, cancel) = cell.last_order();
+    assert_eq!(to, source);
+    assert!(matches!(cancel.verb, Verb::Cancel { .. }));
+    // What it said before it was asked does not count: it might have the VM back since.
+    cell.answer(source, &send, Happening::Released);
+    assert_eq!(cell.last_order().1, cancel);
+    cell.ask(Command::StartVm(by_name("web1"))).unwrap_err();
+    cell.answer(source, &cancel, Happening::TooLate);
+    let (to, remove) = cell.last_order();
+    assert_eq!(to, source);
+    assert_eq!(remove.verb, Verb::Remove { volumes: Vec::new() });
+    assert!(remove.generation > reclaimed(&send));
+    // Told once only, however often it says so.
+    let orders = cell.sent.len();
+    cell.answer(source, &cancel, Happening::TooLate);
+    assert_eq!(cell.sent.len(), orders);
+    let told = says_release(&mut cell, &send, source, destination);
+    assert!(matches!(&told[..], [(to, Order::Relay(_))] if *to == destination));
+    cell.answer(source, &remove, Happening::Removed);
+    let status = cell.vm("web1").status;
+    assert_eq!((status.state, status.moving), (VmState::Failed, None));
+    assert!(status.reason.unwrap().contains("its memory was lost in a move"));
+    cell.ask(Command::StartVm(by_name("web1"))).unwrap();
+    let (_, start) = cell.last_order();
+    assert!(start.generation > remove.generation);
+}
+
+#[test]
+fn a_copy_whose_destination_has_no_record_of_it_goes_away_too() {
+    let mut cell = Cell::of(2);
+    let (source, destination, _, _) = released(&mut cell);
+    let new = BootId(Uuid::from_u128(0xb007));
+    cell.report(
+        destination,
+        Report::Facts(Box::new(facts(new, &[(cell::SHARED, "shared")]))),
+    );
+    // Without the word of its journal it may yet say `void`.
+    assert!(matches!(cell.last_order().1.verb, Verb::Send { .. }));
+    cell.report(destination, Report::Inventory { vms: Vec::new() });
+    let (to, cancel) = cell.last_order();
+    assert!(to == source && matches!(cancel.verb, Verb::Cancel { .. }));
+    cell.answer(source, &cancel, Happening::TooLate);
+    assert!(matches!(cell.last_order().1.verb, Verb::Remove { .. }));
+}
+
+#[test]
+fn a_source_that_has_the_vm_back_keeps_it_though_its_destination_cannot_tell() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive, send) = released(&mut cell);
+    forgets(&mut cell, destination, &receive);
+    let orders = cell.sent.len();
+    let reason = "the destination declined".to_owned();
+    let report = VmReport {
+        vm: send.vm,
+        generation: reclaimed(&send),
+        revision: send.revision,
+        operation: Some(send.operation),
+        what: Happening::Reclaimed { reason },
+    };
+    cell.report(source, Report::Vm(Box::new(report)));
+    says_release(&mut cell, &send, source, destination);
+    let status = cell.vm("web1").status;
+    assert_eq!((status.state, status.host), (VmState::Active, Some(source)));
+    assert_eq!(removes(&cell.sent[orders..]), 0);
+}
+
+#[test]
+fn a_destination_on_its_old_boot_proves_nothing() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive, send) = released(&mut cell);
+    let reason = "its journal is damaged".to_owned();
+    cell.answer(destination, &receive, Happening::Unknown { reason });
+    says_release(&mut cell, &send, source, destination);
+    cell.report(
+        source,
+        inventory(send.vm, send.generation, send.revision, Happening::Released),
+    );
+    assert_eq!(removes(&cell.sent), 0);
+    assert!(cell.vm("web1").status.moving.is_some());
 }
