@@ -127,4 +127,6 @@ pub enum Timer {
     Resend,
     /// The tunnel did not end by itself.
     Linger,
+    /// The guest should run, and the process did not let it: time to ask again.
+    Retry,
 }

@@ -1,6 +1,7 @@
 //! Life on one host: start, stop, pause, remove, and what is taken up again after a restart.
 
 use driver::{Action, Condition, Mode};
+use handover::Source;
 use model::{
     Code, Definition, Millis, Refusal,
     order::{Happening, OffCause, VolumePlace},
@@ -13,6 +14,9 @@ use crate::{
     task::Task,
 };
 
+/// Between two tries to let a guest run.
+const RETRY: Millis = Millis(500);
+
 impl Task {
     pub(crate) fn start(&mut self, definition: Box<Definition>, paused: bool) -> Vec<Effect> {
         match self.up {
@@ -22,6 +26,7 @@ impl Task {
                 format!("VM {} is there already", self.saved.vm),
             )),
             None => {
+                self.start_refused = None;
                 self.saved.power = if paused { Power::Paused } else { Power::On };
                 self.saved.role = Role::Holder;
                 self.saved.definition = Some(definition);
@@ -199,6 +204,10 @@ impl Task {
         }
         match &self.saved.pending {
             Some(Pending::End | Pending::Remove { .. }) => self.ended(),
+            Some(Pending::Start) if self.start_refused.is_some() => match self.start_refused.take() {
+                Some(reason) => self.not_prepared(reason),
+                None => vec![],
+            },
             _ => self.off(detail),
         }
     }
@@ -225,6 +234,11 @@ impl Task {
         match &self.saved.pending {
             // What is to end is ended the hard way.
             Some(Pending::End | Pending::Remove { .. }) => vec![Effect::Act(Action::Kill)],
+            // Nothing may be left of a start that is refused: it is answered once the process is dead.
+            Some(Pending::Start) => {
+                self.start_refused = Some(Refusal::new(Code::HostFailed, text));
+                vec![Effect::Act(Action::Kill)]
+            }
             Some(_) => {
                 self.saved.power = match self.up {
                     Some(Condition::Running) => Power::On,
@@ -233,8 +247,42 @@ impl Task {
                 };
                 self.answer_refused(Refusal::new(Code::HostFailed, text))
             }
-            None => vec![],
+            None => self.try_again(),
         }
+    }
+
+    /// Sets the timer for another try, where the guest should run here, may, and does not.
+    pub(crate) fn try_again(&self) -> Vec<Effect> {
+        match self.stands_wrongly() {
+            true => vec![Effect::Set(Timer::Retry, RETRY)],
+            false => vec![],
+        }
+    }
+
+    pub(crate) fn retry(&self) -> Vec<Effect> {
+        match self.stands_wrongly() {
+            true => vec![
+                Effect::OpenPorts,
+                Effect::Act(Action::Run),
+                Effect::Act(Action::Announce),
+            ],
+            false => vec![],
+        }
+    }
+
+    /// Whether the guest should run here, may, and does not.
+    fn stands_wrongly(&self) -> bool {
+        let may = match &self.saved.role {
+            Role::Holder => self.saved.pending.is_none(),
+            Role::Source { state, .. } => matches!(state, Source::Kept { .. } | Source::Reclaimed),
+            Role::Destination { state, .. } => state.may_run(),
+            Role::None => false,
+        };
+        let stands = matches!(
+            self.up,
+            Some(Condition::Standing | Condition::Sent | Condition::Loading)
+        );
+        may && stands && self.wants_run() && !self.recovering
     }
 
     /// After a restart: the process is there.

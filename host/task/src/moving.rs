@@ -541,7 +541,9 @@ impl Task {
             } if !self.moving.copying => self.source(SourceInput::CopyFailed {
                 reason: Refusal::new(Code::HostFailed, text),
             }),
-            Role::Source { .. } => vec![],
+            Role::Source { .. } => self.try_again(),
+            // It is ours, and nobody else's any more: asked again until it runs.
+            Role::Destination { state, .. } if state.may_run() => self.try_again(),
             _ => self.destination(DestinationInput::GiveUp {
                 reason: text.to_owned(),
             }),

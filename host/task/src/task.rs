@@ -29,6 +29,8 @@ pub struct Task {
     pub(crate) building: bool,
     /// The guest powered itself off; its process is about to end.
     pub(crate) powered_off: bool,
+    /// Why the start that is under way was refused, until the process is dead.
+    pub(crate) start_refused: Option<Refusal>,
     /// The agent restarted and looks for the process.
     pub(crate) recovering: bool,
     /// What came meanwhile: nothing is decided before it is known whether there is a process.
@@ -52,6 +54,7 @@ impl Task {
             up: None,
             building: false,
             powered_off: false,
+            start_refused: None,
             recovering: false,
             deferred: vec![],
             moving: Move::default(),
@@ -386,6 +389,7 @@ impl Task {
                 (Some(Pending::End), Some(_)) => vec![Effect::Act(Action::Kill)],
                 _ => vec![],
             },
+            Timer::Retry => self.retry(),
             Timer::Deadline | Timer::Settle | Timer::Resend | Timer::Linger => self.moving_timer(timer),
         }
     }

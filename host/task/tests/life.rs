@@ -190,3 +190,39 @@ fn nothing_is_decided_before_a_restarted_agent_has_looked_for_the_process() {
         assert_eq!(machine.process.is_none(), ends, "{verb:?}");
     }
 }
+
+#[test]
+fn a_start_that_is_refused_leaves_no_process_and_is_answered_when_it_is_dead() {
+    let mut machine = Machine::new(0);
+    machine.refuses = 1;
+    machine.order(order(1, 1, start()));
+    machine.settle();
+    assert_eq!(machine.process, None);
+    assert!(!machine.residue);
+    assert!(
+        matches!(machine.reports[..], [Happening::Refused { .. }]),
+        "{:?}",
+        machine.reports
+    );
+    assert!(off(&machine.seen()));
+    machine.order(order(1, 2, start()));
+    machine.settle();
+    assert_eq!(machine.seen(), Happening::Running, "it can be started again");
+}
+
+#[test]
+fn a_guest_that_should_run_is_asked_again_until_it_does() {
+    let mut machine = after(&[start()]);
+    machine.process = Some(Condition::Standing);
+    machine.task = None;
+    machine.refuses = 3;
+    machine.restart(false);
+    machine.settle();
+    assert_eq!((machine.refuses, machine.seen()), (0, Happening::Running));
+    // One whose user paused it is left alone.
+    let mut machine = after(&[start(), Verb::Pause]);
+    machine.refuses = 1;
+    machine.inputs.push_back(task::Input::Timer(task::Timer::Retry));
+    machine.settle();
+    assert_eq!((machine.refuses, machine.seen()), (1, Happening::Paused));
+}

@@ -295,3 +295,15 @@ fn a_record_says_how_it_was_when_it_was_decided() {
         "the decision has a record of its own: {roles:?}"
     );
 }
+
+#[test]
+fn whichever_host_is_to_run_it_asks_again_when_its_hypervisor_refuses() {
+    for turns in [None, Some(6)] {
+        let mut pair = Pair::new();
+        pair.a.refuses = 0;
+        pair.b.refuses = 3;
+        pair.cancel_in = turns;
+        pair.settle(false);
+        assert_eq!(pair.runs().iter().filter(|runs| **runs).count(), 1, "{:?}", pair.runs());
+    }
+}

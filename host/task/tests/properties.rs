@@ -71,7 +71,8 @@ fn timer() -> impl Strategy<Value = Timer> {
         Just(Timer::Deadline),
         Just(Timer::Settle),
         Just(Timer::Resend),
-        Just(Timer::Linger)
+        Just(Timer::Linger),
+        Just(Timer::Retry)
     ]
 }
 
@@ -174,11 +175,11 @@ proptest! {
                 let journalled = now == journal || save.is_some_and(|save| save < deed);
                 prop_assert!(journalled, "{:?} led to {:?} with {:?} not in the journal", input, effects, now);
             }
-            let records = effects.iter().filter_map(|effect| match effect {
+            let mut records = effects.iter().filter_map(|effect| match effect {
                 Effect::Save(saved) => Some(announced(saved)),
                 _ => None,
             });
-            if let Some(last) = records.last() {
+            if let Some(last) = records.next_back() {
                 prop_assert_eq!(&last, &now, "{:?} led to {:?}: the last record is not how it ended", input, effects);
                 journal = now;
             }

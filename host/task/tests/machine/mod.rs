@@ -144,6 +144,8 @@ pub(crate) struct Machine {
     pub(crate) resets: u32,
     /// Whether the guest heeds the power button.
     pub(crate) heeds: bool,
+    /// Times that its hypervisor refuses to run the guest.
+    pub(crate) refuses: u32,
     /// Effects until it dies.
     pub(crate) dies_in: Option<u32>,
     /// Effects so far.
@@ -177,6 +179,7 @@ impl Machine {
             outside: vec![],
             resets: 0,
             heeds: true,
+            refuses: 0,
             dies_in: None,
             effects: 0,
         }
@@ -305,6 +308,13 @@ impl Machine {
     fn act(&mut self, action: &Action) {
         let Some(condition) = self.process else { return };
         match action {
+            Action::Run if self.refuses > 0 => {
+                self.refuses -= 1;
+                self.tell(Happened::Refused {
+                    action: "run",
+                    reason: "its monitor is lost".to_owned(),
+                });
+            }
             Action::Run => {
                 assert_ne!(condition, Condition::Loading, "run while its state is loading");
                 self.process = Some(Condition::Running);
