@@ -7,8 +7,9 @@ use model::{
     operation::TargetKind,
     order::{Subject, TemplateOrder, TemplateReport, TemplateVerb},
     storage::Digest,
-    template::{Boot, Content, TemplateState},
+    template::{Boot, Content, IMPORT_MAX, TemplateState},
 };
+use uuid::Uuid;
 
 use crate::{
     lifecycle,
@@ -17,8 +18,6 @@ use crate::{
     world::World,
 };
 
-/// How long fetching and vetting may take.
-const IMPORT_MAX: Millis = Millis::seconds(1800);
 /// How long dropping blobs may take.
 const DROP_MAX: Millis = Millis::seconds(120);
 /// Longest kernel command line, bytes: Linux takes 2048, and Godwit appends its own words.
@@ -27,6 +26,8 @@ const CMDLINE_MAX: usize = 1536;
 const BYTES_MAX: u64 = 64 << 40;
 /// Most memory that a template may ask for, MiB.
 const MEMORY_MAX_MIB: u64 = 1 << 20;
+/// On behalf of none: what came too late is dropped again.
+const LATE: OperationId = OperationId(Uuid::nil());
 
 /// Makes a template: a connected host with the most shared pool fetches its blobs.
 pub(crate) fn create(txn: &mut Txn<'_>, request: &Request, name: &Name, content: &Content) -> Decision {
@@ -171,13 +172,18 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
         ));
     }
     let place = dropper(world, template)?;
+    let blobs = own_blobs(world, id, template.content.blobs().map(|blob| blob.digest));
+    let place = place.filter(|_| !blobs.is_empty());
+    if let Some(importing) = place.and_then(|(_, pool)| imported_into(world, pool)) {
+        let message = format!("template {name} cannot be deleted while template {importing} is imported into its pool");
+        return Err(refuse(Code::Busy, message, "wait until that one is ready"));
+    }
     if request.dry_run {
         return Ok(Outcome::Done);
     }
     let operation = Fresh::of(request).operation(world)?;
     let target = target(TargetKind::Template, id.0, &name);
-    let blobs = own_blobs(world, template);
-    let Some((host, pool)) = place.filter(|_| !blobs.is_empty()) else {
+    let Some((host, pool)) = place else {
         txn.notice_template(id, "template.deleted", String::new());
         txn.delete(Key::Template(id));
         return request::done(txn, request, operation, OperationKind::DeleteTemplate, target);
@@ -199,8 +205,11 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
 
 /// The host that drops the blobs, and the pool; `None` when none are anywhere.
 fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)>, Box<Refusal>> {
-    let TemplateState::Ready { pools } = &template.state else {
-        return Ok(None);
+    let pools = match &template.state {
+        TemplateState::Ready { pools } => pools,
+        // What a failed import or deletion may have left is where imports go.
+        TemplateState::Failed { .. } => return Ok(importer(world)),
+        _ => return Ok(None),
     };
     let Some(pool) = pools.first().and_then(|id| world.pools.get(id)) else {
         return Ok(None);
@@ -216,14 +225,31 @@ fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)
     })
 }
 
-/// Blobs that no other template has.
-fn own_blobs(world: &World, template: &Template) -> Vec<Digest> {
-    let others = world.templates.values().filter(|other| other.id != template.id);
+/// The template that a host imports into a pool now, if any. What its disk becomes is not known before it is there, so no blob of
+/// that pool may go meanwhile: it might be the same one.
+fn imported_into(world: &World, pool: PoolId) -> Option<String> {
+    let importing = world
+        .templates
+        .values()
+        .filter(|row| row.state == TemplateState::Importing);
+    let fetched = |id: TemplateId| {
+        let hosts = world.pools.get(&pool).into_iter().flat_map(|pool| &pool.hosts);
+        hosts
+            .filter_map(|host| waiting(world, *host, id))
+            .any(|order| order.pool == pool)
+    };
+    let mut here = importing.filter(|row| fetched(row.id));
+    here.next().map(|row| row.name.to_string())
+}
+
+/// Those of a template's blobs that no other template has.
+fn own_blobs(world: &World, template: TemplateId, blobs: impl Iterator<Item = Digest>) -> Vec<Digest> {
+    let others = world.templates.values().filter(|other| other.id != template);
     let kept: std::collections::BTreeSet<Digest> = others
         .flat_map(|other| other.content.blobs())
         .map(|blob| blob.digest)
         .collect();
-    let mut own: Vec<Digest> = template.content.blobs().map(|blob| blob.digest).collect();
+    let mut own: Vec<Digest> = blobs.collect();
     own.retain(|digest| !kept.contains(digest));
     own.sort_unstable();
     own.dedup();
@@ -246,10 +272,13 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
         .filter(|order| order.operation == report.operation && order.pool == report.pool)
         .cloned()
     else {
-        return;
+        return late(txn, host, report);
     };
     let id = report.template;
     txn.delete(Key::Outbox(host, Subject::Template(id)));
+    if order.operation == LATE {
+        return;
+    }
     match (&order.verb, &report.refused) {
         (TemplateVerb::Fetch { .. }, None) => {
             let pools = vec![report.pool];
@@ -272,6 +301,36 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
             txn.finish(order.operation, OperationState::Succeeded);
         }
         (_, Some(reason)) => failed(txn, id, order.operation, reason.clone()),
+    }
+}
+
+/// An import succeeded after it was given up: what it made is dropped, unless it is used or may be about to be.
+fn late(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
+    let world = txn.world();
+    let (Some(content), None) = (&report.content, &report.refused) else {
+        return;
+    };
+    let given_up = world
+        .template(report.template)
+        .is_none_or(|row| matches!(row.state, TemplateState::Failed { .. }));
+    let sees = world
+        .pools
+        .get(&report.pool)
+        .is_some_and(|pool| pool.hosts.contains(&host));
+    let busy = waiting(world, host, report.template).is_some() || imported_into(world, report.pool).is_some();
+    if !given_up || !sees || busy {
+        return;
+    }
+    let blobs = own_blobs(world, report.template, content.blobs().map(|blob| blob.digest));
+    if !blobs.is_empty() {
+        order(
+            txn,
+            host,
+            LATE,
+            report.template,
+            report.pool,
+            TemplateVerb::Drop { blobs },
+        );
     }
 }
 
@@ -313,6 +372,7 @@ pub(crate) fn imports_of(world: &World, host: HostId) -> Vec<Name> {
         .outbox
         .range((host, Subject::Template(TemplateId(crate::world::uuid_min())))..);
     let rows = rows.take_while(|((of, _), _)| *of == host);
+    let rows = rows.filter(|(_, row)| !matches!(&row.order, Order::Template(order) if order.operation == LATE));
     rows.filter_map(|((_, subject), _)| match subject {
         Subject::Template(id) => world.template(*id).map(|template| template.name.clone()),
         Subject::Vm(_) => None,

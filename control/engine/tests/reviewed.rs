@@ -8,11 +8,14 @@
 
 mod cell;
 
-use cell::{Cell, by_name, facts, wanted};
+use cell::{Cell, by_name, content, facts, wanted};
 use model::{
-    BootId, Code, Command, Generation, HostId, Message, OperationId, Order, Receipt, Refusal, Report, Revision, VmId,
-    VmState,
-    order::{Happening, OffCause, Relay, Verb, VmObserved, VmOrder, VmReport},
+    BootId, Code, Command, Digest, Generation, HostId, Message, OperationId, Order, Receipt, Refusal, Report, Revision,
+    VmId, VmState,
+    order::{
+        Happening, OffCause, Relay, TemplateOrder, TemplateReport, TemplateVerb, Verb, VmObserved, VmOrder, VmReport,
+    },
+    template::TemplateState,
 };
 use uuid::Uuid;
 
@@ -314,4 +317,97 @@ fn a_destination_on_its_old_boot_proves_nothing() {
     );
     assert_eq!(removes(&cell.sent), 0);
     assert!(cell.vm("web1").status.moving.is_some());
+}
+
+/// Asks for another import, whose disk is its own; what its host was told.
+fn import(cell: &mut Cell, called: &str, n: u8) -> (HostId, TemplateOrder) {
+    let mut content = content();
+    let disk = content.disk.as_mut().unwrap();
+    disk.blob.digest = Digest([n; 32]);
+    let name = called.parse().unwrap();
+    cell.ask(Command::CreateTemplate { name, content }).unwrap();
+    template_order(cell)
+}
+
+fn template_order(cell: &Cell) -> (HostId, TemplateOrder) {
+    match cell.sent.last().unwrap() {
+        (to, Order::Template(order)) => (*to, order.clone()),
+        other => panic!("not about a template: {other:?}"),
+    }
+}
+
+fn imported(cell: &mut Cell, host: HostId, order: &TemplateOrder, refused: Option<Refusal>) {
+    let TemplateVerb::Fetch { content } = &order.verb else {
+        panic!("not an import: {order:?}")
+    };
+    let mut content = content.clone();
+    content.disk.as_mut().unwrap().blob.digest = Digest([0xcc; 32]);
+    let report = TemplateReport {
+        operation: order.operation,
+        template: order.template,
+        pool: order.pool,
+        content: refused.is_none().then_some(content),
+        refused,
+    };
+    cell.report(host, Report::Template(report));
+}
+
+fn dropped(cell: &mut Cell, host: HostId, order: &TemplateOrder) {
+    let report = TemplateReport {
+        operation: order.operation,
+        template: order.template,
+        pool: order.pool,
+        content: None,
+        refused: None,
+    };
+    cell.report(host, Report::Template(report));
+}
+
+#[test]
+fn an_import_that_succeeds_too_late_is_dropped_again() {
+    let mut cell = Cell::of(1);
+    let (host, fetch) = import(&mut cell, "late", 9);
+    cell.tick(1801);
+    imported(&mut cell, host, &fetch, None);
+    let (to, order) = template_order(&cell);
+    // The kernel and the initrd are those of another template.
+    let blobs = vec![Digest([0xcc; 32])];
+    assert_eq!(
+        (to, order.pool, &order.verb),
+        (host, fetch.pool, &TemplateVerb::Drop { blobs })
+    );
+    dropped(&mut cell, host, &order);
+    assert_eq!(cell.world.outbox(host).count(), 0);
+    // It is still there, failed: the drop was not its deletion.
+    let row = cell.world.template(fetch.template).unwrap();
+    assert!(matches!(row.state, TemplateState::Failed { .. }));
+}
+
+#[test]
+fn a_failed_template_is_deleted_with_what_it_may_have_left() {
+    let mut cell = Cell::of(1);
+    let (host, fetch) = import(&mut cell, "bad", 9);
+    let reason = Refusal::new(Code::InvalidInput, "the disk names a backing file");
+    imported(&mut cell, host, &fetch, Some(reason));
+    cell.ask(Command::DeleteTemplate(by_name("bad"))).unwrap();
+    let (to, order) = template_order(&cell);
+    let blobs = vec![Digest([9; 32])];
+    assert_eq!((to, &order.verb), (host, &TemplateVerb::Drop { blobs }));
+    dropped(&mut cell, host, &order);
+    assert!(cell.world.template(fetch.template).is_none());
+}
+
+#[test]
+fn nothing_is_dropped_from_a_pool_into_which_a_template_is_imported() {
+    let mut cell = Cell::of(1);
+    let (host, first) = import(&mut cell, "first", 8);
+    imported(&mut cell, host, &first, None);
+    let (_, second) = import(&mut cell, "second", 9);
+    let refused = cell.ask(Command::DeleteTemplate(by_name("first"))).unwrap_err();
+    assert_eq!(refused.code, Code::Busy);
+    imported(&mut cell, host, &second, None);
+    // Both disks became the same blob: it stays while the other has it.
+    cell.ask(Command::DeleteTemplate(by_name("first"))).unwrap();
+    assert!(cell.world.template(first.template).is_none());
+    assert_eq!(cell.world.outbox(host).count(), 0);
 }

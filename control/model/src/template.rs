@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    Name, PoolId, ProjectId, Refusal, TemplateId, Timestamp,
+    Millis, Name, PoolId, ProjectId, Refusal, TemplateId, Timestamp,
     storage::{Digest, Format},
 };
 
@@ -61,6 +61,9 @@ pub struct Blob {
     /// How many.
     pub size_bytes: u64,
 }
+
+/// How long fetching and vetting a template may take in all. A host gives up its own part before that.
+pub const IMPORT_MAX: Millis = Millis::seconds(1800);
 
 /// A template's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
