@@ -49,17 +49,18 @@ const LINGER: Millis = Millis::seconds(1);
 /// What the destination allows beyond the source's own deadline.
 const MARGIN: Millis = Millis::seconds(30);
 /// The standstill aimed at.
-const DOWNTIME_AIM: Millis = Millis(10);
+const DOWNTIME_AIM: Millis = Millis(2);
 /// The longest standstill that a guest which keeps writing is given in the end.
 const DOWNTIME_MAX: Millis = Millis::seconds(2);
 /// So little is left that it is sent in no time, whatever the speed is.
 const TRIFLE_BYTES: u64 = 256 * 1024;
 
-/// Whether what is left is sent within the standstill that is allowed by now: [`DOWNTIME_AIM`] for three rounds, then twice as much
-/// with each round, up to [`DOWNTIME_MAX`]. A guest that writes as fast as the link takes thus ends too, with a longer standstill.
+/// Whether what is left is sent within the standstill that is allowed by now: [`DOWNTIME_AIM`] after the first round, then twice as much
+/// with each further one, up to [`DOWNTIME_MAX`]. A calm guest leaves less with each round, and is worth the few milliseconds that
+/// another one takes; a guest that writes as fast as the link takes ends too, with a longer standstill.
 #[must_use]
 pub fn nearly_done(copy: &CopyState) -> bool {
-    let doublings = copy.round.saturating_sub(3).min(20);
+    let doublings = copy.round.saturating_sub(2).min(20);
     let allowed_ms = (DOWNTIME_AIM.0 << doublings).min(DOWNTIME_MAX.0);
     let fits = copy.bytes_per_s.saturating_mul(allowed_ms) / 1000;
     copy.round > 1 && copy.remaining_bytes <= fits.max(TRIFLE_BYTES)
