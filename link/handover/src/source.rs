@@ -173,8 +173,9 @@ impl Source {
                 };
                 vec![]
             }
-            SourceInput::Stood { settled: true } => self.release(),
-            SourceInput::Stood { settled: false } => {
+            SourceInput::Stood { settled: true } if *standing == Standing::Asked => self.release(),
+            // Nobody asked for it yet: a driver stands some guests before it copies, and much may be left to send. `Copied` releases.
+            SourceInput::Stood { .. } => {
                 *standing = Standing::Unsettled;
                 vec![]
             }

@@ -192,3 +192,20 @@ _ => prop_assert!(!recovered.may_run()),
         }
     }
 }
+
+#[test]
+fn a_guest_that_stands_without_having_been_asked_is_released_when_all_is_copied() {
+    let mut source = Source::begin();
+    assert!(source.step(SourceInput::Stood { settled: true }).is_empty());
+    assert!(source.step(SourceInput::NearlyDone).is_empty(), "it stands already");
+    assert_eq!(
+        source.step(SourceInput::Copied),
+        [SourceEffect::Journal, SourceEffect::Say(Message::Release)]
+    );
+    let mut source = Source::begin();
+    assert_eq!(source.step(SourceInput::NearlyDone), [SourceEffect::Stand]);
+    assert_eq!(
+        source.step(SourceInput::Stood { settled: true }),
+        [SourceEffect::Journal, SourceEffect::Say(Message::Release)]
+    );
+}
