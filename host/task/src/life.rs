@@ -98,12 +98,16 @@ impl Task {
     }
 
     fn end(&mut self, pending: Pending) -> Vec<Effect> {
-        if self.is_unknown() {
+        let moved = self.is_moving();
+        if moved {
             self.saved.role = Role::Holder;
         }
         self.saved.power = Power::Off;
         self.saved.pending = Some(pending);
         let mut effects = vec![self.save(), Effect::Stop(Timer::Grace)];
+        if moved {
+            effects.extend(self.moving_dropped());
+        }
         match self.up {
             Some(_) => effects.push(Effect::Act(Action::Kill)),
             // What prepares or spawns answers yet; its answer ends it.

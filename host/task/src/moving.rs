@@ -149,6 +149,15 @@ impl Task {
         }
     }
 
+    /// The hand-over is over by an order; nothing of it may go on.
+    pub(crate) fn moving_dropped(&mut self) -> Vec<Effect> {
+        self.moving = Move::default();
+        let timers = [Timer::Deadline, Timer::Settle, Timer::Resend, Timer::Linger];
+        let mut effects: Vec<_> = timers.into_iter().map(Effect::Stop).collect();
+        effects.push(Effect::Tunnel(Tunnel::Close));
+        effects
+    }
+
     /// What the inventory says of a VM that moves.
     pub(crate) fn observed_moving(&self) -> Happening {
         match &self.saved.role {
@@ -337,7 +346,13 @@ impl Task {
                 ]
             }
             DestinationEffect::Run => {
-                let mut effects = vec![Effect::OpenPorts, Effect::Act(Action::Announce)];
+                // The word goes out here: once it is activated the terms are gone.
+                let word = Peer {
+                    host: terms.source,
+                    granted: terms.granted,
+                    message: Message::Run,
+                };
+                let mut effects = vec![Effect::OpenPorts, Effect::Act(Action::Announce), Effect::Say(word)];
                 effects.extend(self.activated(None));
                 effects
             }
@@ -619,7 +634,10 @@ impl Task {
                     reason: Refusal::new(Code::HostUnreachable, text),
                 })
             }
-            TunnelEvent::Failed { reason } if !source && self.moving.tunnel_port.is_none() => {
+            // A tunnel that a restarted agent does not find again has done its part: the stream's end tells the rest.
+            TunnelEvent::Failed { reason }
+                if !source && self.moving.tunnel_port.is_none() && !self.told_receiving() =>
+            {
                 self.destination(DestinationInput::GiveUp { reason })
             }
             TunnelEvent::Failed { .. } | TunnelEvent::Connected => vec![],
@@ -650,7 +668,7 @@ impl Task {
             }
             Role::Destination { terms, state } => {
                 // A container of which the controller was not told is not worth keeping.
-                let told = matches!(self.saved.answer, Some(Happening::Receiving { .. }));
+                let told = self.told_receiving();
                 self.moving.listening = true;
                 let recovered = Destination::recover(&terms, Some(state), self.boot, true);
                 self.set_destination(recovered.state);
@@ -687,6 +705,11 @@ impl Task {
             Source::Kept { .. } | Source::Reclaimed => self.source_over(),
             Source::Unknown => vec![],
         }
+    }
+
+    /// Destination: the controller was told that it is ready.
+    const fn told_receiving(&self) -> bool {
+        matches!(self.saved.answer, Some(Happening::Receiving { .. }))
     }
 
     fn destination_is_void(&self) -> bool {

@@ -193,8 +193,8 @@ impl Task {
             return Some(Refusal::new(Code::Stale, text));
         }
         // A hand-over that nobody can tell the end of bars nothing: the controller orders only once both hosts are clear of it.
-        let moving = self.is_moving() && !self.is_unknown();
         let ends = matches!(order.verb, Verb::Kill | Verb::Remove { .. });
+        let moving = self.is_moving() && !self.is_unknown() && !(ends && self.is_settled_by(order.generation));
         let cancels = matches!(order.verb, Verb::Cancel { .. });
         let doing = match &self.saved.pending {
             _ if cancels => None,
@@ -312,6 +312,12 @@ impl Task {
 
     pub(crate) const fn is_moving(&self) -> bool {
         matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. })
+    }
+
+    /// Whether an order of this generation says that the hand-over, of which we wait to hear, is over. To end one's own standing copy
+    /// is always safe.
+    fn is_settled_by(&self, generation: Generation) -> bool {
+        matches!(&self.saved.role, Role::Source { terms, state: Source::Released, .. } if generation > terms.reclaimed)
     }
 
     /// Whether this host rebooted during a hand-over and cannot tell who has the VM.

@@ -5,8 +5,11 @@ mod machine;
 
 use driver::{Condition, Happened};
 use machine::{Machine, Outside, copied, definition, endpoint, host, nearly, order, start, terms};
-use model::order::{Happening, Verb};
-use task::{Input, Peer, Role};
+use model::{
+    Message,
+    order::{Happening, Verb},
+};
+use task::{Input, Peer, Role, TunnelEvent};
 
 /// Two machines, and the copy between them.
 struct Pair {
@@ -305,5 +308,79 @@ fn whichever_host_is_to_run_it_asks_again_when_its_hypervisor_refuses() {
         pair.cancel_in = turns;
         pair.settle(false);
         assert_eq!(pair.runs().iter().filter(|runs| **runs).count(), 1, "{:?}", pair.runs());
+    }
+}
+
+/// Hears inputs at one machine and gives back the words it says.
+fn said(machine: &mut Machine, inputs: Vec<Input>) -> Vec<Message> {
+    machine.inputs.extend(inputs);
+    while machine.turn() {}
+    let words = std::mem::take(&mut machine.outside);
+    words
+        .into_iter()
+        .filter_map(|outside| match outside {
+            Outside::Word(word) => Some(word.message),
+            _ => None,
+        })
+        .collect()
+}
+
+fn release() -> Input {
+    Input::Peer(Peer {
+        host: host(0),
+        granted: terms().granted,
+        message: Message::Release,
+    })
+}
+
+fn waiting(run: bool) -> Machine {
+    let mut b = Machine::new(1);
+    b.disk = true;
+    let terms = model::Terms { run, ..terms() };
+    let definition = definition();
+    b.order(order(2, 2, Verb::Receive { terms, definition }));
+    while b.turn() {}
+    assert!(matches!(b.reports.last(), Some(Happening::Receiving { .. })));
+    b
+}
+
+#[test]
+fn a_paused_arrival_says_that_it_has_come() {
+    let mut b = waiting(false);
+    b.process = Some(Condition::Standing);
+    let words = said(&mut b, vec![Input::Driver(Happened::Loaded), release()]);
+    assert_eq!(words, [Message::Run]);
+    assert_eq!(b.seen(), Happening::Paused);
+}
+
+#[test]
+fn a_restarted_destination_that_has_everything_does_not_miss_its_tunnel() {
+    let mut b = waiting(true);
+    b.process = Some(Condition::Standing);
+    b.task = None;
+    b.inputs.clear();
+    b.restart(false);
+    let reason = "it is gone".to_owned();
+    let words = said(&mut b, vec![Input::Tunnel(TunnelEvent::Failed { reason }), release()]);
+    assert_eq!(words, [Message::Ask, Message::Run]);
+    assert_eq!(b.seen(), Happening::Running);
+}
+
+#[test]
+fn a_source_that_waits_for_ever_is_cleared_by_a_later_generation() {
+    for (generation, clears) in [(3, false), (4, true)] {
+        let mut a = Machine::new(0);
+        a.order(order(1, 1, start()));
+        a.settle();
+        let to = endpoint();
+        a.order(order(1, 3, Verb::Send { terms: terms(), to }));
+        let words = said(&mut a, vec![Input::Driver(nearly())]);
+        assert_eq!(words, [Message::Release]);
+        assert_eq!(a.seen(), Happening::Released);
+        a.order(order(generation, 4, Verb::Remove { volumes: vec![] }));
+        while a.turn() {}
+        assert_eq!(a.process.is_none(), clears);
+        assert_eq!(a.seen() == Happening::Removed, clears, "{:?}", a.seen());
+        assert!(a.disk, "its disks are another's");
     }
 }
