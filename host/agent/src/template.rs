@@ -1,16 +1,20 @@
 //! Templates: their blobs are fetched from the controller into a pool, and disks vetted before anything is made from them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, StatusCode};
 use image::{ImportError, ImportLimits};
 use model::{
-    Code, Digest, PoolId, Refusal, Report,
+    Code, Digest, HostId, OperationId, PoolId, Refusal, Report, TemplateId,
     operation::Progress,
     order::{TemplateOrder, TemplateReport, TemplateVerb},
     storage::Format,
-    template::{Blob, Content, Disk},
+    template::{Blob, Content, Disk, IMPORT_MAX},
 };
 use tokio::sync::mpsc;
 use wire::session::BLOBS_PATH;
@@ -26,9 +30,32 @@ const DISK_BYTES_MAX: u64 = 2 << 40;
 /// Largest file of an imported disk.
 const DISK_FILE_BYTES_MAX: u64 = 256 << 30;
 /// Longest conversion of an imported disk.
-const CONVERT_MAX: Duration = Duration::from_secs(3600);
+const CONVERT_MAX: Duration = Duration::from_secs(1200);
+// The controller waits longer: a disk that comes after it gave up was converted for nothing.
+const _: () = assert!(CONVERT_MAX.as_millis() < IMPORT_MAX.0 as u128);
 
-/// Carries out an order about a template and reports what became of it.
+/// The orders that are being carried out.
+static RUNNING: Mutex<BTreeSet<(HostId, TemplateId, OperationId)>> = Mutex::new(BTreeSet::new());
+
+/// An order that is being carried out: until this is dropped, the same one is not begun again.
+struct Run((HostId, TemplateId, OperationId));
+
+impl Run {
+    /// `None` while the same order runs.
+    fn begin(of: (HostId, TemplateId, OperationId)) -> Option<Self> {
+        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        running.insert(of).then(|| Self(of))
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+/// Carries out an order about a template and reports what became of it. One that comes again while it is carried out is answered
+/// by the first.
 pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
     let TemplateOrder {
         operation,
@@ -37,6 +64,9 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
         verb,
         ..
     } = order;
+    let Some(_run) = Run::begin((shared.host(), template, operation)) else {
+        return;
+    };
     let result = match verb {
         TemplateVerb::Fetch { content } => fetch(shared, operation, pool, content).await.map(Some),
         TemplateVerb::Drop { blobs } => drop_blobs(shared, pool, &blobs).map(|()| None),
@@ -245,4 +275,25 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
+
+    use model::{HostId, OperationId, TemplateId};
+    use uuid::Uuid;
+
+    use super::Run;
+
+    #[test]
+    fn an_order_runs_once_at_a_time() {
+        let id = |n| Uuid::from_u128(n);
+        let of = (HostId(id(1)), TemplateId(id(2)), OperationId(id(3)));
+        let run = Run::begin(of).unwrap();
+        assert!(Run::begin(of).is_none());
+        assert!(Run::begin((of.0, of.1, OperationId(id(4)))).is_some());
+        drop(run);
+        assert!(Run::begin(of).is_some());
+    }
 }
