@@ -24,7 +24,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc},
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
 
@@ -207,25 +207,40 @@ async fn talk<S: AsyncRead + AsyncWrite + Send + 'static>(
 ) -> Result<(), LinkError> {
     let (mut from, mut to) = tokio::io::split(stream);
     let mut beat = tokio::time::interval(HEARTBEAT);
+    // Our own heartbeats must not put the deadline off: only what is heard does.
+    let mut lost_at = Instant::now() + LOST_AFTER;
     loop {
         tokio::select! {
-            heard = timeout(LOST_AFTER, next(&mut from, &mut decoder)) => match heard.map_err(|_| LinkError::Silent)?? {
+            heard = timeout_at(lost_at, next(&mut from, &mut decoder)) => match heard.map_err(|_| LinkError::Silent)?? {
                 // Whoever speaks may speak only for the host in its certificate.
-                Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => shared.hear(word),
-                Some(_) => {}
+                Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => {
+                    lost_at = Instant::now() + LOST_AFTER;
+                    shared.hear(word);
+                }
+                Some(_) => lost_at = Instant::now() + LOST_AFTER,
                 None => return Ok(()),
             },
             word = words.recv() => {
                 let Some(word) = word else { return Ok(()) };
-                to.write_all(&wire::encode(&Peer::Word(word), FRAME_BYTES_MAX)?).await?;
-                to.flush().await?;
+                put(&mut to, &Peer::Word(word)).await?;
             }
             _ = beat.tick() => {
-                to.write_all(&wire::encode(&Peer::Heartbeat, FRAME_BYTES_MAX)?).await?;
-                to.flush().await?;
+                put(&mut to, &Peer::Heartbeat).await?;
             }
         }
     }
+}
+
+/// Sends a frame; one that is not taken in time ends the connection.
+async fn put<S: AsyncWrite + Unpin>(stream: &mut S, frame: &Peer) -> Result<(), LinkError> {
+    let bytes = wire::encode(frame, FRAME_BYTES_MAX)?;
+    timeout(LOST_AFTER, async {
+        stream.write_all(&bytes).await?;
+        stream.flush().await
+    })
+    .await
+    .map_err(|_| LinkError::Silent)??;
+    Ok(())
 }
 
 /// The next frame; `None` at the end. Cancel-safe: what was read stays in the decoder.
