@@ -137,7 +137,9 @@ impl Metrics {
         };
         self.operations.get_or_create(&labels).inc();
         if let Some(receipt) = operation.migration().and_then(|migration| migration.receipt.as_ref()) {
-            self.blackout.observe(millis(receipt.stop_to_resume_ms.unsigned_abs()));
+            if let Some(blackout) = receipt.stop_to_resume_ms {
+                self.blackout.observe(millis(blackout.unsigned_abs()));
+            }
             self.migration.observe(millis(receipt.request_to_running_ms));
         }
     }

@@ -182,7 +182,7 @@ fn measure(txn: &mut Txn<'_>, id: OperationId, created: model::Timestamp) {
         let Some(receipt) = &mut migration.receipt else { return };
         receipt.request_to_running_ms = running.map_or(0, |(_, at)| at.since(created).0);
         receipt.total_ms = now.since(created).0;
-        receipt.stop_to_resume_ms = between.map_or(0, |(resumed, stopped)| resumed.saturating_sub(stopped));
+        receipt.stop_to_resume_ms = between.map(|(resumed, stopped)| resumed.saturating_sub(stopped));
         receipt.stages = stage_times(&entered, created, now);
     });
 }

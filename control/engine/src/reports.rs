@@ -196,6 +196,7 @@ fn clear_leftover(txn: &mut Txn<'_>, said: &Said<'_>) {
     );
 }
 
+// tidy: long because it is one table: each word, from each standing
 fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
     use Standing::{Destination, FormerSource, Holder, Source};
     let vm = said.vm;

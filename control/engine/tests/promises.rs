@@ -291,7 +291,7 @@ fn a_move_goes_through_its_stages_and_ends_with_a_receipt() {
     assert_eq!((port.bound, port.generation), (Some(destination), terms.granted));
     cell.now.0 += 10;
     let receipt = Box::new(Receipt {
-        bytes: 99,
+        bytes: Some(99),
         ..Receipt::default()
     });
     cell.answer(
@@ -315,7 +315,7 @@ fn a_move_goes_through_its_stages_and_ends_with_a_receipt() {
             receipt.stop_to_resume_ms,
             receipt.bytes
         ),
-        (40, 50, 7, 99)
+        (40, 50, Some(7), Some(99))
     );
     assert!(cell.vm("web1").status.moving.is_none());
     assert_eq!((cell.world.held(source).vms, cell.world.held(destination).vms), (0, 1));

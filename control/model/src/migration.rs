@@ -143,21 +143,26 @@ pub struct Round {
 /// What a migration cost. Times on one host's clock unless said otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Receipt {
-    /// How: `pre-copy`.
+    /// How: `pre-copy`, or `stop-and-copy` where the guest stood from the first byte on.
     pub algorithm: String,
     /// From the client's request to the guest running on the destination; the controller's clock, ms.
     pub request_to_running_ms: u64,
     /// From the request to nothing left on the source; the controller's clock, ms.
     pub total_ms: u64,
-    /// QEMU's own figure for the guest's standstill on the source, ms.
-    pub qemu_downtime_ms: u64,
+    /// QEMU's own figure for the guest's standstill on the source, ms; `None` where the agent was restarted meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu_downtime_ms: Option<u64>,
     /// From the source's STOP to the destination's RESUME, by the two hosts' wall clocks, ms; true only where they are one
-    /// clock or well synchronised. May be negative when they are not.
-    pub stop_to_resume_ms: i64,
-    /// Bytes of guest memory sent.
-    pub bytes: u64,
-    /// Bytes on the wire, encrypted.
-    pub wire_bytes: u64,
+    /// clock or well synchronised. May be negative when they are not. `None` for a paused guest,
+    /// or where an agent was restarted meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_to_resume_ms: Option<i64>,
+    /// Bytes of guest memory sent; `None` where the agent was restarted meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Bytes through the tunnel; `None` likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wire_bytes: Option<u64>,
     /// Its rounds.
     pub rounds: Vec<Round>,
     /// Time in each stage, in order; the controller's clock.

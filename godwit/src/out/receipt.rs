@@ -24,6 +24,11 @@ pub(crate) fn show(migration: &Migration) -> String {
     format!("{stages}\n{}", table::facts(&costs(receipt)))
 }
 
+/// A figure, or that nobody measured it: an agent was restarted meanwhile.
+fn known<T>(figure: Option<T>, show: impl Fn(T) -> String) -> String {
+    figure.map_or_else(|| "not measured".to_owned(), show)
+}
+
 fn costs(receipt: &Receipt) -> Vec<(&'static str, String)> {
     let rounds = receipt
         .rounds
@@ -42,13 +47,14 @@ fn costs(receipt: &Receipt) -> Vec<(&'static str, String)> {
             "rounds",
             format!("{} ({}{more})", receipt.rounds.len(), rounds.join(", ")),
         ),
-        ("memory sent", show_bytes(receipt.bytes)),
-        ("on the wire", format!("{}, encrypted", show_bytes(receipt.wire_bytes))),
+        ("memory sent", known(receipt.bytes, show_bytes)),
+        ("through the tunnel", known(receipt.wire_bytes, show_bytes)),
         (
             "downtime",
             format!(
-                "{} ms by QEMU, {} ms from stop to resume",
-                receipt.qemu_downtime_ms, receipt.stop_to_resume_ms
+                "{} by QEMU, {} from stop to resume",
+                known(receipt.qemu_downtime_ms, |ms| format!("{ms} ms")),
+                known(receipt.stop_to_resume_ms, |ms| format!("{ms} ms"))
             ),
         ),
         ("request to running", Millis(receipt.request_to_running_ms).to_string()),

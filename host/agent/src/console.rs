@@ -12,6 +12,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -23,6 +24,7 @@ use tokio::{
     net::UnixStream,
     sync::{broadcast, mpsc},
     task::JoinHandle,
+    time::timeout,
 };
 use uuid::Uuid;
 use wire::{
@@ -36,6 +38,8 @@ use crate::{session, shared::Shared};
 const LOG_HALF_BYTES: u64 = 512 << 10;
 /// Pieces of output that somebody who looks may lag behind.
 const LAG_MAX: usize = 256;
+/// How long the controller may take to answer.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// What somebody typed and the guest has not taken.
 const TYPED_WAITING_MAX: usize = 64;
 
@@ -161,7 +165,10 @@ pub(crate) async fn serve(shared: &Arc<Shared>, console: Uuid, vm: VmId, ticket:
         .header(TICKET_HEADER, ticket.expose())
         .body(session::body_of(shown))
         .map_err(|error| failed(&error))?;
-    let answer = link.send_request(request).await.map_err(|error| failed(&error))?;
+    let answer = timeout(CONNECT_MAX, link.send_request(request)).await;
+    let answer = answer
+        .map_err(|_| failed(&"the controller does not answer"))?
+        .map_err(|error| failed(&error))?;
     if answer.status() != StatusCode::OK {
         return Err(failed(&answer.status()));
     }

@@ -122,13 +122,8 @@ impl Agent {
         tracing::info!(qemu = %capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
         let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
         let address = config.address;
-        let listener = TcpListener::bind((address, 0))
-            .await
-            .map_err(|source| StartError::Listen { address, source })?;
-        let peer_port = listener
-            .local_addr()
-            .map_err(|source| StartError::Listen { address, source })?
-            .port();
+        let listening = listen_for_peers(&config).await;
+        let (listener, peer_port) = listening.map_err(|source| StartError::Listen { address, source })?;
         let qemu = qemu::Qemu::new(program, capabilities);
         let parts = Parts {
             config,
@@ -165,6 +160,21 @@ impl Agent {
             Arc::clone(&self.shared).sync_journal(),
         );
     }
+}
+
+/// Listens for other agents, at the port of the last time if that is free: a hand-over that is under way names it.
+async fn listen_for_peers(config: &AgentConfig) -> io::Result<(TcpListener, u16)> {
+    let record = config.state_dir.join("peer-port");
+    let last = std::fs::read_to_string(&record)
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    let listener = match TcpListener::bind((config.address, last.unwrap_or(0))).await {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => TcpListener::bind((config.address, 0)).await?,
+        other => other?,
+    };
+    let port = listener.local_addr()?.port();
+    std::fs::write(&record, port.to_string())?;
+    Ok((listener, port))
 }
 
 /// Each VM's directory in it is the VM's own; to reach it, its user must pass through this one.

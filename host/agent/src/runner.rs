@@ -10,7 +10,10 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,7 +21,7 @@ use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
 use image::{Base, VolumeRequest};
 use model::{
     Code, Definition, Message, Refusal, Report, VmId,
-    order::{Relay, VolumePlace},
+    order::{Relay, Verb, VolumePlace},
     template::Boot,
 };
 use network::Announcement;
@@ -30,6 +33,7 @@ use crate::{
     journal,
     shared::{Shared, Shown, lock},
     template::{chain, fetch_blob},
+    tunnel,
     tunnels::Tunnel,
 };
 
@@ -79,6 +83,7 @@ pub(crate) fn start(
         tunnel: None,
         timers: BTreeMap::new(),
         said: (None, 0),
+        end_deaf: Arc::default(),
         gone: false,
     };
     tokio::spawn(runner.run(effects, queue));
@@ -96,6 +101,8 @@ struct Runner {
     timers: BTreeMap<Timer, Instant>,
     /// The last word and how often it was said.
     said: (Option<Message>, u32),
+    /// A process that is there but does not answer is to be ended: somebody ordered so.
+    end_deaf: Arc<AtomicBool>,
     gone: bool,
 }
 
@@ -148,6 +155,13 @@ impl Runner {
             *lock(&self.shown.serial) = None;
         }
         tracing::debug!(vm = %self.vm, ?input, "input");
+        if let Input::Order(order) = &input
+            && matches!(order.verb, Verb::Kill | Verb::Remove { .. })
+            && self.task.saved().role == Role::Holder
+        {
+            // The task takes the order up once it is known what became of the process; this makes it known.
+            self.end_deaf.store(true, Ordering::Release);
+        }
         let effects = self.task.step(input);
         self.carry_out(effects).await;
         self.gone = self.task.is_gone();
@@ -208,8 +222,9 @@ impl Runner {
 
     fn adopt(&self) {
         let (shared, back, vm) = (Arc::clone(&self.shared), self.back.clone(), self.vm);
+        let end_deaf = Arc::clone(&self.end_deaf);
         tokio::spawn(async move {
-            let found = adopt(&shared, vm).await;
+            let found = adopt(&shared, vm, &end_deaf).await;
             let _ = back.send(Fed::Started(found)).await;
         });
     }
@@ -355,8 +370,9 @@ async fn next_of(machine: &mut Option<qemu::Vm>) -> Option<Happened> {
     }
 }
 
-/// Finds a VM's process again. One that is there but does not answer is tried again and again: its guest may run.
-async fn adopt(shared: &Shared, vm: VmId) -> Result<qemu::Vm, String> {
+/// Finds a VM's process again. One that is there but does not answer is tried again and again, since its guest may run; until somebody
+/// orders its end.
+async fn adopt(shared: &Shared, vm: VmId, end_deaf: &AtomicBool) -> Result<qemu::Vm, String> {
     let run_dir = shared.config.vm_run_dir(vm);
     loop {
         match shared.qemu.adopt(vm, &run_dir).await {
@@ -364,6 +380,12 @@ async fn adopt(shared: &Shared, vm: VmId) -> Result<qemu::Vm, String> {
             Err(error @ qemu::AdoptError::Gone) => return Err(chain(&error)),
             Err(error) => {
                 tracing::warn!(%vm, error = &error as &dyn std::error::Error, "the VM's process does not answer yet");
+                if let qemu::AdoptError::Deaf { process, .. } = &error
+                    && end_deaf.load(Ordering::Acquire)
+                    && let Err(error) = tunnel::adopt(process.pid, process.start_ticks).and_then(|found| found.kill())
+                {
+                    tracing::warn!(%vm, error = &error as &dyn std::error::Error, "the VM's process was not ended");
+                }
                 tokio::time::sleep(ADOPT_AGAIN).await;
             }
         }

@@ -20,7 +20,7 @@ use hyper::{
     body::{Frame, Incoming},
     client::conn::http2::{self, SendRequest},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use identity::tls;
 use model::{Report, host::Hypervisor, id::Sequence};
 use tokio::{
@@ -164,6 +164,9 @@ async fn connect(shared: &Arc<Shared>) -> Result<Link, SessionError> {
     let (link, connection) = http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20)
+        .timer(TokioTimer::new())
+        .keep_alive_interval(HEARTBEAT)
+        .keep_alive_timeout(LOST_AFTER)
         .handshake(TokioIo::new(stream))
         .await?;
     tokio::spawn(async move {

@@ -197,9 +197,9 @@ pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob
     let request = Request::get(format!("{BLOBS_PATH}/{}", blob.digest))
         .body(Empty::new().boxed())
         .map_err(|error| failed(error.to_string()))?;
-    let answer = link
-        .send_request(request)
+    let answer = tokio::time::timeout(SILENCE_MAX, link.send_request(request))
         .await
+        .map_err(|_| failed("the controller does not answer".to_owned()))?
         .map_err(|error| failed(error.to_string()))?;
     if answer.status() != StatusCode::OK {
         return Err(failed(format!("the controller answered {}", answer.status())));

@@ -62,7 +62,8 @@ const STATUS_EVERY: Duration = Duration::from_millis(100);
 /// Lines in the log, at most.
 const LOG_LINES_MAX: u64 = 500;
 const THREAD_STACK_BYTES: usize = 1024 * 1024;
-const LOCAL_BUFFER_BYTES: usize = 1024 * 1024;
+/// What waits in a buffer when the guest stops is part of its standstill: the other QEMU has to take it in first.
+const LOCAL_BUFFER_BYTES: usize = 256 * 1024;
 
 /// Why a tunnel ended otherwise than by the end of the migration's stream.
 #[derive(Debug, thiserror::Error)]

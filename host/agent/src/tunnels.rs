@@ -4,6 +4,10 @@ use std::{
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use driver::{INCOMING_SOCKET, OUTGOING_SOCKET};
@@ -14,7 +18,6 @@ use task::{Input, TunnelEvent};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::mpsc,
-    task::JoinHandle,
 };
 
 use crate::{
@@ -34,7 +37,8 @@ const SILENCE_MS_MAX: u64 = 10_000;
 /// A tunnel that is watched.
 #[derive(Debug)]
 pub(crate) struct Tunnel {
-    ended: JoinHandle<()>,
+    /// Whether anybody still wants to hear of it. Its end is waited for in any case: a child that nobody waits for stays a zombie.
+    heard: Arc<AtomicBool>,
     process: tunnel::Running,
 }
 
@@ -121,8 +125,13 @@ impl Tunnel {
             .try_clone_to_owned()
             .map_err(|error| error.to_string())?;
         let changes = changes_of(&directory).map_err(|error| error.to_string())?;
-        let ended = tokio::spawn(async move { follow(&directory, pidfd, changes, fed).await });
-        Ok(Self { ended, process })
+        let heard = Arc::new(AtomicBool::new(true));
+        let told = Told {
+            fed,
+            heard: Arc::clone(&heard),
+        };
+        tokio::spawn(async move { follow(&directory, pidfd, changes, told).await });
+        Ok(Self { heard, process })
     }
 
     /// Ends it, at once; whoever watches still hears how it stood.
@@ -135,7 +144,23 @@ impl Tunnel {
 
 impl Drop for Tunnel {
     fn drop(&mut self) {
-        self.ended.abort();
+        self.heard.store(false, Ordering::Release);
+    }
+}
+
+/// Who hears of a tunnel.
+struct Told {
+    fed: mpsc::Sender<Fed>,
+    heard: Arc<AtomicBool>,
+}
+
+impl Told {
+    /// Tells, unless nobody wants to hear it any more: the next migration must not take it for its own.
+    async fn tell(&self, event: TunnelEvent) {
+        if self.heard.load(Ordering::Acquire) {
+            // A runner that has ended wants to hear nothing.
+            let _ = self.fed.send(Fed::Input(Input::Tunnel(event))).await;
+        }
     }
 }
 
@@ -153,7 +178,7 @@ fn watched(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Tells each new phase once, until the process ends.
-async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, fed: mpsc::Sender<Fed>) {
+async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, told_to: Told) {
     let Ok(end) = watched(pidfd) else { return };
     let mut told: Option<Phase> = None;
     loop {
@@ -172,13 +197,11 @@ async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, fed
             && let Some(event) = event_of(status, told)
         {
             told = Some(status.phase);
-            if fed.send(Fed::Input(Input::Tunnel(event))).await.is_err() {
-                return;
-            }
+            told_to.tell(event).await;
         }
         if ended {
             reap(end.get_ref().as_fd());
-            let _ = fed.send(Fed::Input(Input::Tunnel(last_event(status.as_ref())))).await;
+            told_to.tell(last_event(status.as_ref())).await;
             return;
         }
     }

@@ -26,12 +26,16 @@ pub(crate) struct Move {
     copying: bool,
     /// Source: how often the release has been said.
     said: u32,
+    /// Source: some of it was copied by now.
+    copied_some: bool,
     /// Source: rounds that ended.
     rounds: Vec<Round>,
     /// Source: what the copy cost.
     cost: Option<CopyCost>,
     /// Source: bytes on the wire.
     wire_bytes: Option<u64>,
+    /// Source: the guest stood from the first byte on.
+    stood_first: bool,
     /// Source: when the guest stood.
     stopped_at_ms: Option<i64>,
     /// Source: the destination has it; the process is to end once its figures are in.
@@ -287,12 +291,16 @@ impl Task {
     }
 
     fn finish_teardown(&mut self) -> Vec<Effect> {
-        let cost = self.moving.cost.unwrap_or_default();
+        let algorithm = if self.moving.stood_first {
+            "stop-and-copy"
+        } else {
+            "pre-copy"
+        };
         let receipt = Receipt {
-            algorithm: "pre-copy".to_owned(),
-            qemu_downtime_ms: cost.downtime_ms,
-            bytes: cost.bytes,
-            wire_bytes: self.moving.wire_bytes.unwrap_or_default(),
+            algorithm: algorithm.to_owned(),
+            qemu_downtime_ms: self.moving.cost.map(|cost| cost.downtime_ms),
+            bytes: self.moving.cost.map(|cost| cost.bytes),
+            wire_bytes: self.moving.wire_bytes,
             rounds: std::mem::take(&mut self.moving.rounds),
             ..Receipt::default()
         };
@@ -469,6 +477,7 @@ impl Task {
 
     fn copying(&mut self, copy: CopyState) -> Vec<Effect> {
         let mut effects = vec![];
+        self.moving.copied_some = true;
         if let Some(round) = copy.ended
             && self.moving.rounds.len() < ROUNDS_MAX
         {
@@ -515,6 +524,7 @@ impl Task {
         let mut effects = vec![];
         if first {
             self.moving.stopped_at_ms = Some(at_ms);
+            self.moving.stood_first = !self.moving.copied_some;
         }
         // The word that ends the wait goes out before the report.
         effects.extend(self.source(SourceInput::Stood { settled }));

@@ -170,7 +170,7 @@ fn happenings() -> Vec<Happening> {
         Happening::TornDown {
             receipt: Box::new(Receipt {
                 algorithm: "pre-copy".into(),
-                bytes: 1 << 29,
+                bytes: Some(1 << 29),
                 rounds: vec![Round::default()],
                 ..Receipt::default()
             }),
