@@ -12,7 +12,6 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -38,8 +37,6 @@ use crate::{session, shared::Shared};
 const LOG_HALF_BYTES: u64 = 512 << 10;
 /// Pieces of output that somebody who looks may lag behind.
 const LAG_MAX: usize = 256;
-/// How long the controller may take to answer.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// What somebody typed and the guest has not taken.
 const TYPED_WAITING_MAX: usize = 64;
 
@@ -165,7 +162,7 @@ pub(crate) async fn serve(shared: &Arc<Shared>, console: Uuid, vm: VmId, ticket:
         .header(TICKET_HEADER, ticket.expose())
         .body(session::body_of(shown))
         .map_err(|error| failed(&error))?;
-    let answer = timeout(CONNECT_MAX, link.send_request(request)).await;
+    let answer = timeout(session::CONNECT_MAX, link.send_request(request)).await;
     let answer = answer
         .map_err(|_| failed(&"the controller does not answer"))?
         .map_err(|error| failed(&error))?;

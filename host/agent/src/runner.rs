@@ -32,7 +32,7 @@ use crate::{
     console::Serial,
     journal,
     shared::{Shared, Shown, lock},
-    template::{chain, fetch_blob},
+    template::{chain, fetch_blob, named},
     tunnel,
     tunnels::Tunnel,
 };
@@ -405,7 +405,7 @@ async fn prepare(
     definition: Box<Definition>,
     mode: Mode,
 ) -> Result<(Box<Launch>, Vec<OwnedFd>), Refusal> {
-    let home = shared.pool(definition.pool).ok_or_else(|| no_pool(definition.pool))?;
+    let home = named(shared, definition.pool)?;
     if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
         fetch_blob(shared, &home, *kernel).await?;
         fetch_blob(shared, &home, *initrd).await?;
@@ -421,7 +421,7 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
     let vm = definition.vm;
     let uid = uid_of(vm);
     let failed = |what: &str, why: String| Refusal::new(Code::HostFailed, format!("VM {vm}: {what}: {why}"));
-    let home = shared.pool(definition.pool).ok_or_else(|| no_pool(definition.pool))?;
+    let home = named(shared, definition.pool)?;
     let mut files = Files::default();
     if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
         files.kernel = Some(home.pool.blob_path(kernel.digest));
@@ -429,7 +429,7 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
     }
     for volume in &definition.volumes {
         let place = volume.place;
-        let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
+        let pool = named(shared, place.pool)?;
         let base = volume.base.map(|base| Base {
             digest: base.digest,
             format: base.format,
@@ -478,14 +478,9 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
     ))
 }
 
-fn no_pool(pool: model::PoolId) -> Refusal {
-    Refusal::new(Code::HostFailed, format!("this host has no pool {pool}"))
-        .hint("start its agent with --pool NAME=DIRECTORY for that pool")
-}
-
 fn delete_volumes(shared: &Shared, volumes: &[VolumePlace]) -> Result<(), Refusal> {
     for place in volumes {
-        let pool = shared.pool(place.pool).ok_or_else(|| no_pool(place.pool))?;
+        let pool = named(shared, place.pool)?;
         pool.pool.delete_volume(place.volume, place.format).map_err(|error| {
             Refusal::new(
                 Code::HostFailed,

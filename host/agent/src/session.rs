@@ -41,7 +41,7 @@ pub(crate) type Body = BoxBody<Bytes, Infallible>;
 /// The connection to the controller, to send more requests on.
 pub(crate) type Link = SendRequest<Body>;
 
-const CONNECT_MAX: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Reports taken at once from the queue.
 const BATCH: usize = 64;
 /// Frames between the session's tasks.

@@ -84,7 +84,8 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
     }));
 }
 
-fn named(shared: &Shared, pool: PoolId) -> Result<Arc<NamedPool>, Refusal> {
+/// A pool of this host, by its id.
+pub(crate) fn named(shared: &Shared, pool: PoolId) -> Result<Arc<NamedPool>, Refusal> {
     shared.pool(pool).ok_or_else(|| {
         Refusal::new(Code::HostFailed, format!("this host has no pool {pool}"))
             .hint("start its agent with --pool NAME=DIRECTORY for that pool")
