@@ -113,6 +113,10 @@ fn two_hosts(network: &network::Network) -> Guest {
             })
             .unwrap();
     }
+    for host in ["a", "b"] {
+        support::wait_until_forwarding(&format!("up-{host}"));
+        support::wait_until_forwarding(&format!("sw-{host}"));
+    }
     Guest::open(network, "switch", 9)
 }
 

@@ -52,6 +52,15 @@ pub fn ip_output(arguments: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Waits until a bridge forwards what comes through this port: the kernel tells a bridge of a new carrier from a work
+/// queue, some time after both ends of the cable are up, and drops every frame until then.
+pub fn wait_until_forwarding(port: &str) {
+    let end = Instant::now() + DEADLINE;
+    while !ip_output(&format!("-details link show dev {port}")).contains("bridge_slave state forwarding") {
+        assert!(Instant::now() < end, "{port} does not forward");
+    }
+}
+
 pub fn name(text: &str) -> InterfaceName {
     text.parse().unwrap()
 }
