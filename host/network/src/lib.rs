@@ -1,4 +1,5 @@
-//! What an agent needs of its host's network: bridges, one tap a port, and the moment at which a port opens.
+//! What an agent needs of its host's network: bridges, one tap a port, the moment at which a port opens, and what a guest missed
+//! before it.
 //!
 //! ```text
 //!            guest              another host
@@ -27,7 +28,9 @@ mod link;
 mod name;
 mod netlink;
 mod port;
+mod standstill;
 mod sys;
+mod trial;
 
 use std::{
     io,
@@ -42,6 +45,8 @@ pub use bridge::{Bridge, BridgeError, BridgeSpec, Gateway};
 pub use name::{InterfaceName, NameError};
 pub use netlink::NetlinkError;
 pub use port::{FoundPort, Port, PortCounters, PortError, Tap, TapError, tap_name};
+pub use standstill::{FRAME_BYTES_MAX, FrameError, Keeper, KeptFrame, VIRTIO_HEADER_BYTES};
+pub use trial::{LinkKind, LinkTrialError, Throwaway, TrialError, in_throwaway_namespace};
 
 use netlink::Netlink;
 
@@ -64,6 +69,8 @@ pub struct Network {
     /// For opening and blocking ports alone, so that they never wait behind a listing.
     fast: Mutex<Netlink>,
     packet: OwnedFd,
+    /// For frames with a virtio header that are given to a guest.
+    giving: OwnedFd,
 }
 
 impl Network {
@@ -78,6 +85,7 @@ impl Network {
             slow: Mutex::new(Netlink::open().map_err(OpenError::Netlink)?),
             fast: Mutex::new(Netlink::open().map_err(OpenError::Netlink)?),
             packet,
+            giving: standstill::packet_socket().map_err(|errno| OpenError::Packet(errno.into()))?,
         })
     }
 

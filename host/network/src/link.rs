@@ -27,6 +27,8 @@ const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const VETH_INFO_PEER: u16 = 1;
+const IFLA_VXLAN_ID: u16 = 1;
 const IFLA_BR_FORWARD_DELAY: u16 = 1;
 const IFLA_BR_STP_STATE: u16 = 5;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
@@ -221,6 +223,38 @@ pub(crate) fn create_bridge(name: &str, mtu: u32) -> Message {
                 .attr(IFLA_BR_MCAST_SNOOPING, &[0])
         })
     })
+}
+
+/// What a trial makes.
+#[derive(Clone, Copy)]
+pub(crate) enum Trial {
+    Bridge,
+    Veth,
+    Vxlan,
+}
+
+/// Creates an interface of this kind, to see whether the kernel can.
+pub(crate) fn trial(kind: Trial) -> Message {
+    let (name, word) = match kind {
+        Trial::Bridge => ("godwit-try-br", "bridge"),
+        Trial::Veth => ("godwit-try-v0", "veth"),
+        Trial::Vxlan => ("godwit-try-vx", "vxlan"),
+    };
+    let flags = netlink::FLAG_CREATE | netlink::FLAG_EXCL;
+    Message::new(RTM_NEWLINK, flags, &link_header(0, 0, 0, 0))
+        .text(IFLA_IFNAME, name)
+        .nest(IFLA_LINKINFO, |m| {
+            let m = m.text(IFLA_INFO_KIND, word);
+            match kind {
+                Trial::Bridge => m,
+                Trial::Veth => m.nest(IFLA_INFO_DATA, |m| {
+                    m.nest(VETH_INFO_PEER, |m| {
+                        m.raw(&link_header(0, 0, 0, 0)).text(IFLA_IFNAME, "godwit-try-v1")
+                    })
+                }),
+                Trial::Vxlan => m.nest(IFLA_INFO_DATA, |m| m.attr(IFLA_VXLAN_ID, &1u32.to_ne_bytes())),
+            }
+        })
 }
 
 /// A request that changes an existing interface, without changing its flags.

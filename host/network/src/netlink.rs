@@ -103,6 +103,13 @@ impl Message {
         self
     }
 
+    /// Appends the fixed part of a nested request.
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
+        self.bytes.extend_from_slice(bytes);
+        self.pad();
+        self
+    }
+
     /// Appends a zero-terminated string attribute.
     pub(crate) fn text(self, kind: u16, value: &str) -> Self {
         let mut bytes = value.as_bytes().to_vec();
@@ -162,8 +169,8 @@ impl Netlink {
         let socket = net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))?;
         // Both only make answers better; a kernel without them still answers.
-        let _ = sys::set_netlink_option(&socket, libc::NETLINK_EXT_ACK);
-        let _ = sys::set_netlink_option(&socket, libc::NETLINK_CAP_ACK);
+        let _ = sys::set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1);
+        let _ = sys::set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1);
         Ok(Self {
             socket,
             sequence: 0,
