@@ -12,6 +12,7 @@ use crate::launch::BINARY;
 use crate::run::{capture, cargo, find, is_root, run, sudo_is_silent, target_dir, watch, with_sudo};
 use crate::second_qemu::{Second, VARIABLE, second_qemu};
 use crate::setup::{self, Purpose};
+use crate::tally::Tally;
 use crate::tidy;
 
 /// One step of the whole.
@@ -53,41 +54,6 @@ const LEFT_OUT: &str = "GODWIT_LEFT_OUT";
 /// How long the advisory database may take to arrive.
 const ADVISORIES_S_MAX: &str = "90";
 
-#[derive(Default)]
-struct Tally {
-    passed: usize,
-    failed: usize,
-    ignored: usize,
-    left_out: Vec<String>,
-}
-
-impl Tally {
-    /// Adds what a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; ...` says.
-    fn see(&mut self, line: &str) {
-        let Some(result) = line.trim_start().strip_prefix("test result: ") else {
-            return;
-        };
-        let count = |word: &str| -> usize {
-            let words: Vec<&str> = result.split([' ', ';', '.']).filter(|word| !word.is_empty()).collect();
-            let at = words.iter().position(|one| *one == word);
-            at.and_then(|at| words.get(at.checked_sub(1)?)?.parse().ok())
-                .unwrap_or(0)
-        };
-        self.passed += count("passed");
-        self.failed += count("failed");
-        self.ignored += count("ignored");
-    }
-
-    /// The last line: tests that were left out have not passed.
-    fn line(&self) -> String {
-        format!(
-            "{} passed, {} failed",
-            self.passed.saturating_sub(self.left_out.len()),
-            self.failed
-        )
-    }
-}
-
 /// Runs the steps, or only the named ones, and ends with the line `N passed, N failed`.
 ///
 /// # Errors
@@ -98,29 +64,37 @@ pub(crate) fn test(only: &[Step], yes: bool) -> Result<()> {
         .filter(|step| only.is_empty() || only.contains(step))
         .collect();
     let mut tally = Tally::default();
-    let mut times = Vec::new();
+    let mut ended = Vec::new();
     let mut failure = None;
-    for step in steps {
+    for step in &steps {
         println!("\n== {}", step.name());
         let start = Instant::now();
         let failed_before = tally.failed;
         let outcome = step.run(&mut tally, yes);
-        times.push((step, start.elapsed()));
+        ended.push((*step, start.elapsed(), outcome.is_ok()));
         if let Err(error) = outcome {
             // A step that failed without a failed test (a lint, a build) still has to show in the count.
             tally.failed = tally.failed.max(failed_before + 1);
-            failure = Some((step, error));
+            failure = Some((*step, error));
             break;
         }
     }
-    println!("\n{}", summary(&times));
+    // Whoever has only the end of the output finds there all that matters.
+    println!("\n{}", summary(&steps, &ended));
     for line in &tally.left_out {
         println!("left out: {line}");
     }
     if tally.ignored > 0 {
         println!("ignored by libtest: {}", tally.ignored);
     }
-    println!("{}", tally.line());
+    let failures = tally.failures();
+    if !failures.is_empty() {
+        println!("{failures}");
+    }
+    if let Some((step, error)) = &failure {
+        println!("step {} failed: {error:#}", step.name());
+    }
+    println!("{tally}");
     match failure {
         None => Ok(()),
         Some((step, error)) => Err(error.context(format!(
@@ -130,12 +104,17 @@ pub(crate) fn test(only: &[Step], yes: bool) -> Result<()> {
     }
 }
 
-fn summary(times: &[(Step, Duration)]) -> String {
-    let mut lines: Vec<String> = times
-        .iter()
-        .map(|(step, time)| format!("{:<8} {:>7.1} s", step.name(), time.as_secs_f64()))
-        .collect();
-    let whole: Duration = times.iter().map(|(_, time)| *time).sum();
+/// A line for each step: how long it took and how it ended.
+fn summary(steps: &[Step], ended: &[(Step, Duration, bool)]) -> String {
+    let line = |step: &Step| match ended.iter().find(|(one, _, _)| one == step) {
+        Some((_, time, well)) => {
+            let how = if *well { "ok" } else { "FAILED" };
+            format!("{:<8} {:>7.1} s  {how}", step.name(), time.as_secs_f64())
+        }
+        None => format!("{:<8}            not run", step.name()),
+    };
+    let mut lines: Vec<String> = steps.iter().map(line).collect();
+    let whole: Duration = ended.iter().map(|(_, time, _)| *time).sum();
     lines.push(format!("{:<8} {:>7.1} s", "whole", whole.as_secs_f64()));
     lines.join("\n")
 }
@@ -240,6 +219,7 @@ fn end_to_end(tally: &mut Tally) -> Result<()> {
     if let Second::CannotBeHad(why) = second_qemu()? {
         println!("no other QEMU: {why}; tests across versions are left out");
     }
+    let mut failed = Vec::new();
     for program in programs {
         println!("-- {}", program.name);
         let mut command = Command::new(&program.executable);
@@ -248,7 +228,12 @@ fn end_to_end(tally: &mut Tally) -> Result<()> {
             .current_dir(&program.dir)
             .env(BINARY, &godwit);
         command.env("CARGO_MANIFEST_DIR", &program.dir);
-        libtest(command, tally, As::Root).with_context(|| format!("e2e test {}", program.name))?;
+        if let Err(error) = libtest(command, tally, As::Root) {
+            failed.push(format!("{}: {error:#}", program.name));
+        }
+    }
+    if !failed.is_empty() {
+        bail!("{}", failed.join("; "));
     }
     Ok(())
 }
@@ -361,23 +346,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_are_read_from_libtests_own_lines() {
-        let mut tally = Tally::default();
-        tally.see("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s");
-        tally.see("test result: FAILED. 2 passed; 4 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s");
-        tally.see("test passed_and_failed ... ok");
-        assert_eq!(tally.line(), "5 passed, 4 failed");
-        assert_eq!(tally.ignored, 1);
-    }
-
-    #[test]
-    fn a_test_that_was_left_out_has_not_passed() {
-        let tally = Tally {
-            passed: 3,
-            left_out: vec!["migrates_to_7_2: no other QEMU".into()],
-            ..Tally::default()
-        };
-        assert_eq!(tally.line(), "2 passed, 0 failed");
+    fn the_summary_tells_of_each_step_how_it_ended() {
+        let ended = [
+            (Step::Setup, Duration::from_millis(1500), true),
+            (Step::Unit, Duration::from_secs(300), false),
+        ];
+        assert_eq!(
+            summary(&[Step::Setup, Step::Unit, Step::E2e], &ended),
+            "setup        1.5 s  ok\nunit       300.0 s  FAILED\ne2e                 not run\nwhole      301.5 s"
+        );
     }
 
     #[test]
@@ -393,7 +370,7 @@ mod tests {
         let mut tally = Tally::default();
         count(program(0), &notes, &mut tally, As::User).unwrap();
         assert_eq!(
-            (tally.line().as_str(), tally.left_out.as_slice()),
+            (tally.to_string().as_str(), tally.left_out.as_slice()),
             ("1 passed, 0 failed", &["across: none".into()][..])
         );
         assert!(count(program(1), &notes, &mut tally, As::User).is_err());

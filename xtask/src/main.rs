@@ -19,6 +19,7 @@ mod launch;
 mod run;
 mod second_qemu;
 mod setup;
+mod tally;
 mod tidy;
 
 use std::process::ExitCode;
