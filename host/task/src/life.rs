@@ -232,12 +232,13 @@ impl Task {
 
     pub(crate) fn refused(&mut self, action: &str, reason: &str) -> Vec<Effect> {
         let text = format!("VM {}: {action} failed: {reason}", self.saved.vm);
+        if self.is_doomed() {
+            return self.end_again();
+        }
         if self.is_moving() {
             return self.moving_refused(&text);
         }
         match &self.saved.pending {
-            // What is to end is ended the hard way.
-            Some(Pending::End | Pending::Remove { .. }) => vec![Effect::Act(Action::Kill)],
             // Nothing may be left of a start that is refused: it is answered once the process is dead.
             Some(Pending::Start) => {
                 self.start_refused = Some(Refusal::new(Code::HostFailed, text));
@@ -295,11 +296,13 @@ impl Task {
             return self.moving_found(condition);
         }
         match self.saved.pending.clone() {
+            _ if self.is_doomed() => vec![Effect::Act(Action::Kill)],
             Some(Pending::Start) => match self.saved.power {
                 Power::On if condition == Condition::Running => self.answer(Happening::Running),
                 _ => self.started(),
             },
-            Some(Pending::End | Pending::Remove { .. }) => vec![Effect::Act(Action::Kill)],
+            // They are doomed.
+            Some(Pending::End | Pending::Remove { .. }) => vec![],
             Some(Pending::Pause) => vec![Effect::Act(Action::Stand)],
             Some(Pending::Resume) => vec![Effect::Act(Action::Run)],
             Some(Pending::Reboot) => vec![Effect::Act(Action::Reset)],

@@ -226,3 +226,123 @@ fn a_guest_that_should_run_is_asked_again_until_it_does() {
     machine.settle();
     assert_eq!((machine.refuses, machine.seen()), (1, Happening::Paused));
 }
+
+#[test]
+fn a_process_that_is_no_longer_heard_is_found_again_and_left_as_it_should_be() {
+    for (verbs, seen, process) in scenarios() {
+        let mut machine = after(&verbs);
+        machine.loses_sight();
+        assert_eq!(machine.turn(), process.is_some());
+        if process.is_some() {
+            assert_eq!(machine.seen(), seen, "it goes on, as far as is known");
+        }
+        machine.settle();
+        assert_eq!(machine.process, process, "{verbs:?}");
+    }
+    // It ended meanwhile, unheard.
+    let mut machine = after(&[start()]);
+    machine.loses_sight();
+    machine.process = None;
+    machine.settle();
+    assert!(off(&machine.seen()) && !machine.residue);
+    // What comes while it is looked for waits, and is done.
+    let mut machine = after(&[start()]);
+    machine.loses_sight();
+    machine.order(order(1, 2, Verb::Kill));
+    machine.settle();
+    assert_eq!(machine.process, None);
+}
+
+#[test]
+fn an_order_is_done_though_the_process_is_lost_sight_of_at_any_point_of_it() {
+    for (verbs, seen, process) in scenarios() {
+        let (last, before) = verbs.split_last().expect("some");
+        for turns in 0..6 {
+            let mut machine = after(before);
+            machine.order(order(1, u64::try_from(verbs.len()).expect("few"), last.clone()));
+            for _ in 0..turns {
+                machine.turn();
+            }
+            machine.loses_sight();
+            machine.settle();
+            let at = format!("{verbs:?}, lost after {turns} turns: {:?}", machine.seen());
+            assert_eq!(machine.process, process, "{at}");
+            assert!(machine.seen() == seen || off(&seen) && off(&machine.seen()), "{at}");
+        }
+    }
+}
+
+#[test]
+fn a_process_that_cannot_be_ended_is_told_again_with_growing_pauses() {
+    for verb in [Verb::Kill, remove()] {
+        let mut machine = after(&[start()]);
+        machine.clings = 12;
+        machine.order(order(1, 2, verb));
+        machine.settle();
+        assert_eq!((machine.clings, machine.process), (0, None));
+        let pauses: Vec<u64> = machine.pauses.iter().map(|pause| pause.0).collect();
+        let grow = [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000];
+        assert_eq!(pauses[..9], grow);
+        assert_eq!(pauses.len(), 12, "never at once");
+    }
+    // So is one whose start was refused.
+    let mut machine = Machine::new(0);
+    (machine.refuses, machine.clings) = (1, 2);
+    machine.order(order(1, 1, start()));
+    machine.settle();
+    assert_eq!((machine.process, machine.pauses.len()), (None, 2));
+}
+
+/// A restarted agent whose VM's process is there and does not answer.
+fn deaf(before: &[Verb]) -> Machine {
+    let mut machine = after(before);
+    machine.task = None;
+    machine.restart(false);
+    machine.inputs.clear();
+    machine
+}
+
+fn ends(machine: &Machine) -> bool {
+    machine.task.as_ref().expect("an agent is there").ends_deaf()
+}
+
+#[test]
+fn a_deaf_process_is_ended_by_an_order_that_is_new_and_by_no_other() {
+    for (revision, verb, ended) in [
+        (2, Verb::Kill, true),
+        (2, remove(), true),
+        (1, Verb::Kill, false),
+        (2, stop(), false),
+        (2, Verb::Pause, false),
+    ] {
+        let mut machine = deaf(&[start()]);
+        assert!(!ends(&machine), "nobody ordered it");
+        machine.order(order(1, revision, verb.clone()));
+        machine.turn();
+        assert_eq!(ends(&machine), ended, "{verb:?} {revision}");
+    }
+    // An older generation's word, and what was decided before the restart.
+    let mut machine = deaf(&[start()]);
+    machine.order(order(0, 2, Verb::Kill));
+    machine.turn();
+    assert!(!ends(&machine));
+    let mut machine = after(&[start()]);
+    machine.clings = 1;
+    machine.order(order(1, 2, Verb::Kill));
+    machine.turn();
+    machine.task = None;
+    machine.restart(false);
+    machine.inputs.clear();
+    assert!(ends(&machine));
+}
+
+#[test]
+fn what_is_repeated_while_the_process_is_looked_for_leaves_room_for_an_order() {
+    let mut machine = deaf(&[start()]);
+    for _ in 0..200 {
+        machine.inputs.push_back(task::Input::Timer(task::Timer::Retry));
+    }
+    machine.order(order(1, 2, Verb::Kill));
+    while machine.turn() {}
+    assert!(ends(&machine));
+}

@@ -128,6 +128,11 @@ fn input() -> impl Strategy<Value = Input> {
     ]
 }
 
+/// Also losing sight of the process, after which a step takes all that has come meanwhile.
+fn any_input() -> impl Strategy<Value = Input> {
+    prop_oneof![12 => input(), 1 => Just(Input::Lost)]
+}
+
 /// What a crash must not lose before the guest runs, its process is killed, or its files are deleted.
 fn announced(saved: &Saved) -> (Role, Option<Pending>, Option<Decision>, Generation) {
     let mut role = saved.role.clone();
@@ -188,11 +193,13 @@ proptest! {
 
     /// An order that is not newer is only answered; one of a deposed leader is not even that.
     #[test]
-    fn an_old_order_does_nothing(n in 0u128..3, inputs in prop::collection::vec(input(), 0..40), verb in verb()) {
+    fn an_old_order_does_nothing(n in 0u128..3, inputs in prop::collection::vec(any_input(), 0..40), verb in verb()) {
         let mut task = fresh(n);
         for input in inputs {
             drop(task.step(input));
         }
+        // Nothing is answered while the process is looked for.
+        drop(task.step(Input::Driver(Happened::Up { condition: Condition::Running })));
         let (epoch, revision) = (task.saved().epoch, task.saved().revision);
         let order = |epoch| VmOrder {
             epoch,
@@ -214,7 +221,7 @@ proptest! {
 
     /// From any journal an agent begins again, in the same boot and in another, and nothing runs before it looked.
     #[test]
-    fn any_journal_is_taken_up(n in 0u128..3, inputs in prop::collection::vec(input(), 0..40), more in prop::collection::vec(input(), 0..20), same in any::<bool>()) {
+    fn any_journal_is_taken_up(n in 0u128..3, inputs in prop::collection::vec(any_input(), 0..40), more in prop::collection::vec(any_input(), 0..20), same in any::<bool>()) {
         let mut task = fresh(n);
         for input in inputs {
             drop(task.step(input));
@@ -229,7 +236,7 @@ proptest! {
 
     /// The journal is read as it was written.
     #[test]
-    fn a_record_reads_back(n in 0u128..3, inputs in prop::collection::vec(input(), 0..40)) {
+    fn a_record_reads_back(n in 0u128..3, inputs in prop::collection::vec(any_input(), 0..40)) {
         let mut task = fresh(n);
         for input in inputs {
             drop(task.step(input));

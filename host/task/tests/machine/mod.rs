@@ -13,7 +13,7 @@ use model::{
     storage::Format,
     template::Boot,
 };
-use task::{Effect, Input, Saved, Task, Timer, Tunnel, TunnelEvent};
+use task::{Effect, Input, Missed, Saved, Task, Timer, Tunnel, TunnelEvent};
 use uuid::Uuid;
 
 pub(crate) const VM: VmId = VmId(Uuid::from_u128(1));
@@ -141,11 +141,17 @@ pub(crate) struct Machine {
     pub(crate) reports: Vec<Happening>,
     /// What its hypervisor or its task wants of the other machine.
     pub(crate) outside: Vec<Outside>,
+    /// What was wanted of the frames that its guest misses.
+    pub(crate) missed: Vec<Missed>,
     pub(crate) resets: u32,
     /// Whether the guest heeds the power button.
     pub(crate) heeds: bool,
     /// Times that its hypervisor refuses to run the guest.
     pub(crate) refuses: u32,
+    /// Times that it refuses to end the process.
+    pub(crate) clings: u32,
+    /// Pauses before it was told to do something again.
+    pub(crate) pauses: Vec<Millis>,
     /// Effects until it dies.
     pub(crate) dies_in: Option<u32>,
     /// Effects so far.
@@ -177,11 +183,22 @@ impl Machine {
             inputs: VecDeque::new(),
             reports: vec![],
             outside: vec![],
+            missed: vec![],
             resets: 0,
             heeds: true,
             refuses: 0,
+            clings: 0,
+            pauses: vec![],
             dies_in: None,
             effects: 0,
+        }
+    }
+
+    /// The agent hears the process no longer; what it had to tell is lost.
+    pub(crate) fn loses_sight(&mut self) {
+        if self.process.is_some() {
+            self.inputs.retain(|input| !matches!(input, Input::Driver(_)));
+            self.inputs.push_front(Input::Lost);
         }
     }
 
@@ -285,9 +302,15 @@ impl Machine {
             }
             Effect::Tunnel(wish) => self.tunnel(&wish),
             Effect::Say(word) => self.outside.push(Outside::Word(word)),
-            Effect::Set(timer, _) => drop(self.timers.insert(timer)),
+            Effect::Set(timer, after) => {
+                if timer == Timer::Retry {
+                    self.pauses.push(after);
+                }
+                self.timers.insert(timer);
+            }
             Effect::Stop(timer) => drop(self.timers.remove(&timer)),
             Effect::Report(report) => self.reports.push(report.what),
+            Effect::Missed(missed) => self.missed.push(missed),
             Effect::Progress(..) | Effect::Gone => {}
         }
     }
@@ -335,6 +358,13 @@ impl Machine {
             Action::Reset => {
                 self.resets += 1;
                 self.tell(Happened::Reset);
+            }
+            Action::Kill if self.clings > 0 => {
+                self.clings -= 1;
+                self.tell(Happened::Refused {
+                    action: "kill",
+                    reason: "no permission".to_owned(),
+                });
             }
             Action::Kill => self.dies(),
             Action::Listen => self.tell(Happened::Listening),

@@ -1,0 +1,105 @@
+//! A process that is looked for, or does not obey: what ends it, however it is, and when it is told to end again.
+
+use driver::Action;
+use handover::{Destination, Source};
+use model::{
+    Message, Millis,
+    order::{Verb, VmOrder},
+};
+
+use crate::{
+    effect::{Effect, Input, Timer},
+    moving::MARGIN,
+    saved::{Pending, Role},
+    task::Task,
+};
+
+/// Between the first two times that a process which cannot be ended is told to end; then twice as long each time.
+const KILL_AGAIN: Millis = Millis(500);
+/// The longest such pause.
+const KILL_AGAIN_MAX: Millis = Millis::seconds(30);
+
+impl Task {
+    /// The process is no longer heard. Whatever it was doing is found out anew, as after a restart: nothing is decided before.
+    pub(crate) fn lost(&mut self) -> Vec<Effect> {
+        if self.up.is_none() && !self.building && !self.recovering {
+            return vec![];
+        }
+        self.recovering = true;
+        self.building = false;
+        vec![Effect::Adopt]
+    }
+
+    /// While the process is looked for: a destination's own deadline goes on, also for a process that never answers.
+    pub(crate) fn deadline_of_search(&self) -> Option<Effect> {
+        match &self.saved.role {
+            Role::Destination {
+                terms,
+                state: Destination::Waiting(_),
+            } => Some(Effect::Set(Timer::Deadline, Millis(terms.deadline.0 + MARGIN.0))),
+            _ => None,
+        }
+    }
+
+    /// Whether the process is to end, by what is written down.
+    pub(crate) const fn is_doomed(&self) -> bool {
+        match &self.saved.role {
+            Role::Source { state, .. } => matches!(state, Source::HandedOver),
+            Role::Destination { state, .. } => matches!(state, Destination::Ending { .. } | Destination::Void { .. }),
+            Role::None | Role::Holder => match &self.saved.pending {
+                Some(Pending::End | Pending::Remove { .. }) => true,
+                Some(Pending::Start) => self.start_refused.is_some(),
+                _ => false,
+            },
+        }
+    }
+
+    /// Whether a process that is there, but does not answer whoever looks for it, is to be ended without having been asked: what was
+    /// decided before, or has come since, ends it however it is.
+    #[must_use]
+    pub fn ends_deaf(&self) -> bool {
+        self.recovering && (self.is_doomed() || self.deferred.iter().any(|input| self.is_dooming(input)))
+    }
+
+    /// Whether this ends the process, whatever it does.
+    fn is_dooming(&self, input: &Input) -> bool {
+        let waits = |state: &Destination| matches!(state, Destination::Waiting(_));
+        match (input, &self.saved.role) {
+            (Input::Order(order), role) if !self.is_old(order) => match (&order.verb, role) {
+                (Verb::Kill | Verb::Remove { .. }, _) => self.why_not(order).is_none(),
+                // It has not decided to run: it may always end its container, and say so.
+                (Verb::Cancel { terms }, Role::Destination { terms: mine, state }) => {
+                    waits(state) && mine.granted == terms.granted
+                }
+                _ => false,
+            },
+            (Input::Timer(Timer::Deadline | Timer::Settle), Role::Destination { state, .. }) => waits(state),
+            (
+                Input::Peer(peer),
+                Role::Source {
+                    terms,
+                    state: Source::Released,
+                    ..
+                },
+            ) => peer.message == Message::Run && peer.host == terms.destination && peer.granted == terms.granted,
+            _ => false,
+        }
+    }
+
+    /// Whether an order was told already, or is of a leader that is deposed.
+    fn is_old(&self, order: &VmOrder) -> bool {
+        order.epoch < self.saved.epoch || order.revision <= self.saved.revision
+    }
+
+    /// Something was refused of a process that is to end: it is ended the hard way, and told so again with growing pauses where it
+    /// cannot be.
+    pub(crate) fn end_again(&self) -> Vec<Effect> {
+        match self.kills.checked_sub(1) {
+            None => vec![Effect::Act(Action::Kill)],
+            Some(before) => {
+                let pause = KILL_AGAIN.0 << before.min(10);
+                vec![Effect::Set(Timer::Retry, Millis(pause.min(KILL_AGAIN_MAX.0)))]
+            }
+        }
+    }
+}
