@@ -17,6 +17,8 @@ pub enum Input {
     Prepared(Result<Box<Launch>, Refusal>),
     /// Something happened to the VM's process.
     Driver(Happened),
+    /// The agent hears the process no longer, without having been told that it is dead: its guest may well run.
+    Lost,
     /// Something happened to the migration's tunnel.
     Tunnel(TunnelEvent),
     /// The other agent of a hand-over said something.

@@ -18,6 +18,7 @@ mod effect;
 mod life;
 mod moving;
 mod saved;
+mod search;
 mod task;
 
 pub use effect::{Effect, Input, Peer, Timer, Tunnel, TunnelEvent};

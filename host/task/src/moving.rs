@@ -51,7 +51,7 @@ const RESEND_MAX: Millis = Millis::seconds(2);
 /// How long the last words may take on the tunnel once it is over.
 const LINGER: Millis = Millis::seconds(1);
 /// What the destination allows beyond the source's own deadline.
-const MARGIN: Millis = Millis::seconds(30);
+pub(crate) const MARGIN: Millis = Millis::seconds(30);
 /// The standstill aimed at.
 const DOWNTIME_AIM: Millis = Millis(2);
 /// The longest standstill that a guest which keeps writing is given in the end.
@@ -182,9 +182,11 @@ impl Task {
                 state: Destination::Run,
                 ..
             } => Happening::Activated { resumed_at_ms: None },
-            Role::Destination { .. } => match self.moving.tunnel_port {
-                Some(tunnel_port) => Happening::Receiving { tunnel_port },
-                None => Happening::Removed,
+            // A restarted agent does not know its tunnel's port yet; the journal has what it told the controller.
+            Role::Destination { .. } => match (self.moving.tunnel_port, &self.saved.answer) {
+                (Some(tunnel_port), _) => Happening::Receiving { tunnel_port },
+                (None, Some(told @ Happening::Receiving { .. })) => told.clone(),
+                (None, _) => Happening::Removed,
             },
             _ if self.moving.stopped_at_ms.is_some() => Happening::Stopped,
             _ => Happening::Copying,

@@ -31,10 +31,12 @@ pub struct Task {
     pub(crate) powered_off: bool,
     /// Why the start that is under way was refused, until the process is dead.
     pub(crate) start_refused: Option<Refusal>,
-    /// The agent restarted and looks for the process.
+    /// The agent restarted, or lost the process, and looks for it.
     pub(crate) recovering: bool,
+    /// How often this process was told to end.
+    pub(crate) kills: u32,
     /// What came meanwhile: nothing is decided before it is known whether there is a process.
-    deferred: Vec<Input>,
+    pub(crate) deferred: Vec<Input>,
     /// What a hand-over needs besides its journalled state.
     pub(crate) moving: Move,
 }
@@ -56,6 +58,7 @@ impl Task {
             powered_off: false,
             start_refused: None,
             recovering: false,
+            kills: 0,
             deferred: vec![],
             moving: Move::default(),
         }
@@ -109,16 +112,27 @@ impl Task {
 
     /// Takes what happened and returns what to do, in order.
     pub fn step(&mut self, input: Input) -> Vec<Effect> {
-        if self.recovering && !matches!(input, Input::Driver(Happened::Up { .. } | Happened::NotUp { .. })) {
-            // What does not fit comes again: orders on the next connection, words by their timers.
-            if self.deferred.len() < DEFERRED_MAX {
+        let tells = matches!(
+            input,
+            Input::Lost | Input::Driver(Happened::Up { .. } | Happened::NotUp { .. })
+        );
+        if self.recovering && !tells {
+            // What does not fit comes again: orders on the next connection, words by their timers. What is repeated counts once, and what
+            // the process said before says nothing: it is asked.
+            let old = matches!(input, Input::Driver(_)) || self.deferred.contains(&input);
+            if self.deferred.len() < DEFERRED_MAX && !old {
                 self.deferred.push(input);
             }
             return vec![];
         }
         let mut effects = self.take(input);
-        for input in std::mem::take(&mut self.deferred) {
-            effects.extend(self.take(input));
+        if !self.recovering {
+            for input in std::mem::take(&mut self.deferred) {
+                effects.extend(self.take(input));
+            }
+        }
+        if effects.contains(&Effect::Act(Action::Kill)) {
+            self.kills = self.kills.saturating_add(1);
         }
         effects
     }
@@ -126,12 +140,15 @@ impl Task {
     fn take(&mut self, input: Input) -> Vec<Effect> {
         match input {
             Input::Order(order) => self.order(*order),
+            // Nobody waits for it.
+            Input::Prepared(_) if !self.building => vec![],
             Input::Prepared(Ok(launch)) => self.prepared(launch),
             Input::Prepared(Err(reason)) => {
                 self.building = false;
                 self.not_prepared(reason)
             }
             Input::Driver(happened) => self.driver(happened),
+            Input::Lost => self.lost(),
             Input::Tunnel(event) => self.tunnel(event),
             Input::Peer(peer) => self.peer(peer),
             Input::Timer(timer) => self.timer(timer),
@@ -177,7 +194,7 @@ impl Task {
     }
 
     /// Why an order cannot be accepted now, if it cannot.
-    fn why_not(&self, order: &VmOrder) -> Option<Refusal> {
+    pub(crate) fn why_not(&self, order: &VmOrder) -> Option<Refusal> {
         if order.generation < self.saved.generation {
             let text = format!(
                 "{} of VM {} is for generation {}, but this host knows generation {}",
@@ -194,7 +211,7 @@ impl Task {
         }
         // A hand-over that nobody can tell the end of bars nothing: the controller orders only once both hosts are clear of it.
         let ends = matches!(order.verb, Verb::Kill | Verb::Remove { .. });
-        let moving = self.is_moving() && !self.is_unknown() && !(ends && self.is_settled_by(order.generation));
+        let moving = self.is_moving() && !self.is_unknown() && !self.may_end_moving(order);
         let cancels = matches!(order.verb, Verb::Cancel { .. });
         let doing = match &self.saved.pending {
             _ if cancels => None,
@@ -218,6 +235,7 @@ impl Task {
             Happened::Up { condition } => {
                 self.up = Some(condition);
                 self.building = false;
+                self.kills = 0;
                 if std::mem::take(&mut self.recovering) {
                     self.found(condition)
                 } else {
@@ -307,6 +325,7 @@ impl Task {
         if task.is_moving() {
             effects.push(Effect::Tunnel(crate::effect::Tunnel::Adopt));
         }
+        effects.extend(task.deadline_of_search());
         (task, effects)
     }
 
@@ -314,10 +333,28 @@ impl Task {
         matches!(self.saved.role, Role::Source { .. } | Role::Destination { .. })
     }
 
-    /// Whether an order of this generation says that the hand-over, of which we wait to hear, is over. To end one's own standing copy
-    /// is always safe.
-    fn is_settled_by(&self, generation: Generation) -> bool {
-        matches!(&self.saved.role, Role::Source { terms, state: Source::Released, .. } if generation > terms.reclaimed)
+    /// Whether an order may end the VM here though it is being moved. What was not released is the source's alone: once it is ended
+    /// here no destination can run it. What was released may be cleared away when the order is above all generations of the terms:
+    /// the hand-over, of which we wait to hear, is over, and to end one's own standing copy is always safe.
+    fn may_end_moving(&self, order: &VmOrder) -> bool {
+        match (&self.saved.role, &order.verb) {
+            (
+                Role::Source {
+                    state: Source::Copying { .. },
+                    ..
+                },
+                Verb::Kill,
+            ) => true,
+            (
+                Role::Source {
+                    terms,
+                    state: Source::Released,
+                    ..
+                },
+                Verb::Kill | Verb::Remove { .. },
+            ) => order.generation > terms.reclaimed,
+            _ => false,
+        }
     }
 
     /// Whether this host rebooted during a hand-over and cannot tell who has the VM.
@@ -394,6 +431,10 @@ impl Task {
             Timer::Grace => match (&self.saved.pending, self.up) {
                 (Some(Pending::End), Some(_)) => vec![Effect::Act(Action::Kill)],
                 _ => vec![],
+            },
+            Timer::Retry if self.is_doomed() => match self.up {
+                Some(_) => vec![Effect::Act(Action::Kill)],
+                None => vec![],
             },
             Timer::Retry => self.retry(),
             Timer::Deadline | Timer::Settle | Timer::Resend | Timer::Linger => self.moving_timer(timer),

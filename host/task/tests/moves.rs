@@ -384,3 +384,164 @@ fn a_source_that_waits_for_ever_is_cleared_by_a_later_generation() {
         assert!(a.disk, "its disks are another's");
     }
 }
+
+#[test]
+fn a_side_that_loses_sight_of_its_process_at_any_point_leaves_one_runner() {
+    for side in [0, 1] {
+        for at in 0..40 {
+            let mut pair = Pair::new();
+            for _ in 0..at {
+                pair.control();
+                pair.a.turn();
+                pair.b.turn();
+                pair.route();
+                pair.check();
+            }
+            let machine = if side == 0 { &mut pair.a } else { &mut pair.b };
+            machine.loses_sight();
+            // A container of which nobody was told is given up: so is the move.
+            if side == 1 && !pair.sent && pair.b.process.is_some() {
+                pair.cancel();
+                pair.sent = true;
+            }
+            pair.settle(false);
+            let runs = pair.runs();
+            assert!(runs[0] != runs[1], "side {side} after {at} turns: {runs:?}");
+            let other = if runs[0] { &pair.b } else { &pair.a };
+            assert!(
+                other.process.is_none() && !other.residue,
+                "side {side} after {at} turns"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_restarted_destination_still_says_where_it_receives() {
+    let mut b = waiting(true);
+    let before = b.seen();
+    assert!(matches!(before, Happening::Receiving { .. }));
+    b.task = None;
+    b.inputs.clear();
+    b.restart(false);
+    assert_eq!(b.seen(), before, "before it has found anything");
+    b.settle();
+}
+
+/// A source that copies, or has released.
+fn source(released: bool) -> Machine {
+    let mut a = Machine::new(0);
+    a.order(order(1, 1, start()));
+    a.settle();
+    a.order(order(
+        1,
+        3,
+        Verb::Send {
+            terms: terms(),
+            to: endpoint(),
+        },
+    ));
+    while a.turn() {}
+    if released {
+        assert_eq!(said(&mut a, vec![Input::Driver(nearly())]), [Message::Release]);
+    }
+    a
+}
+
+#[test]
+fn a_source_that_has_not_released_is_ended_by_order_and_cannot_release_then() {
+    let mut a = source(false);
+    a.order(order(1, 4, Verb::Kill));
+    let words = said(&mut a, vec![Input::Driver(nearly()), Input::Driver(copied())]);
+    assert_eq!((words, a.process), (vec![], None));
+    assert!(matches!(a.seen(), Happening::Off { .. }), "{:?}", a.seen());
+    assert!(!a.residue);
+    // What was released is not: only the destination knows what became of it.
+    let mut a = source(true);
+    a.order(order(1, 4, Verb::Kill));
+    while a.turn() {}
+    assert_eq!(a.seen(), Happening::Released);
+    assert!(a.process.is_some());
+}
+
+/// The agent restarts, and the process is there and does not answer.
+fn deafened(mut machine: Machine) -> Machine {
+    machine.task = None;
+    machine.inputs.clear();
+    machine.timers.clear();
+    machine.restart(false);
+    machine.inputs.clear();
+    machine
+}
+
+fn ends(machine: &mut Machine, input: Input) -> bool {
+    machine.inputs.push_back(input);
+    while machine.turn() {}
+    machine.task.as_ref().expect("an agent is there").ends_deaf()
+}
+
+fn ordered(revision: u64, verb: Verb) -> Input {
+    Input::Order(Box::new(order(2, revision, verb)))
+}
+
+#[test]
+fn a_deaf_destination_is_ended_by_its_deadline_or_a_cancel_and_is_void() {
+    let cancel = || ordered(5, Verb::Cancel { terms: terms() });
+    for input in [cancel(), Input::Timer(task::Timer::Deadline)] {
+        let mut b = deafened(waiting(true));
+        assert!(b.timers.contains(&task::Timer::Deadline), "its deadline goes on");
+        // A word of the source, and an old order, are no reason.
+        assert!(!ends(&mut b, release()));
+        assert!(!ends(&mut b, ordered(1, Verb::Cancel { terms: terms() })));
+        assert!(ends(&mut b, input));
+        b.process = None;
+        let words = said(
+            &mut b,
+            vec![Input::Driver(Happened::NotUp {
+                reason: "gone".to_owned(),
+            })],
+        );
+        assert!(
+            words.contains(&Message::Void) && !words.contains(&Message::Run),
+            "{words:?}"
+        );
+        let decision = b.journal.as_ref().and_then(|saved| saved.decision);
+        assert_eq!(decision.map(|decision| decision.message), Some(Message::Void));
+    }
+}
+
+#[test]
+fn a_deaf_destination_that_is_to_run_is_left_alone() {
+    let mut b = waiting(true);
+    b.process = Some(Condition::Standing);
+    b.refuses = 1;
+    assert_eq!(
+        said(&mut b, vec![Input::Driver(Happened::Loaded), release()]),
+        [Message::Run]
+    );
+    let mut b = deafened(b);
+    assert!(!ends(&mut b, Input::Timer(task::Timer::Deadline)));
+    assert!(!ends(&mut b, ordered(5, Verb::Cancel { terms: terms() })));
+}
+
+#[test]
+fn a_deaf_source_is_ended_by_a_kill_before_its_release_and_by_the_destinations_run_after() {
+    let word = |message| {
+        Input::Peer(Peer {
+            host: host(1),
+            granted: terms().granted,
+            message,
+        })
+    };
+    let mut a = deafened(source(false));
+    assert!(!ends(&mut a, word(Message::Run)), "nothing was released");
+    assert!(
+        !ends(&mut a, ordered(5, Verb::Cancel { terms: terms() })),
+        "its guest may run on"
+    );
+    assert!(ends(&mut a, ordered(6, Verb::Kill)));
+    let mut a = deafened(source(true));
+    assert!(!ends(&mut a, word(Message::Void)), "it is to run again");
+    assert!(!ends(&mut a, ordered(5, Verb::Kill)));
+    assert!(ends(&mut a, word(Message::Run)));
+}
