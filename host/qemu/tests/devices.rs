@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, Shared, assert_counts, drain, installed, launch, left_out, ticks};
+use common::{Host, Shared, assert_counts, installed, launch, left_out, read_to, ticks};
 use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
 use model::layout::{Family, Layout};
 use model::order::{PortUse, VolumeBase};
@@ -113,10 +113,8 @@ async fn a_kernel_boots_from_files_in_a_closed_directory_and_learns_its_name() {
     let mut host = started(&qemu, launch, directory, vec![]).await;
     let mut serial = host.serial().await;
     host.run().await;
-    let mut said = ticks(&mut serial, 10).await;
-    said.extend(drain(&mut serial).await);
     assert_eq!(
-        String::from_utf8_lossy(&said),
+        String::from_utf8_lossy(&read_to(&mut serial, 0).await),
         "console=ttyS0 x=a,b godwit.name=ticker\0"
     );
     host.end().await;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Host, Shared, Stream, WHILE, assert_counts, drain, fast, installed, other, slow, ticks};
+use common::{Host, Shared, Stream, WHILE, assert_counts, drain, fast, installed, other, reading_while, slow, ticks};
 use driver::{Action, Condition, CopyLimits, Happened, INCOMING_SOCKET, Mode};
 use model::layout::Family;
 use qemu::{Capabilities, Qemu};
@@ -45,19 +45,20 @@ async fn moves(a: &Qemu, b: &Qemu, shared: &Shared) {
     let mut to = destination.serial().await;
     ticks(&mut from, 50).await;
     source.act(Action::Copy(fast()));
-    let mut told = source.until(copied).await;
+    let (mut told, mut before) = reading_while(&mut from, source.until(copied)).await;
     assert!(
         matches!(told.pop(), Some(Happened::Copied { cost }) if cost.bytes > 100_000),
         "what it cost"
     );
     assert!(told.iter().any(is_standing));
     assert_eq!(destination.next().await, Happened::Loaded);
-    let before = drain(&mut from).await;
+    before.extend(drain(&mut from).await);
     assert!(drain(&mut to).await.is_empty(), "it waits for the word");
     assert!(destination.tells_within(WHILE).await.is_empty());
     destination.run().await;
     let after = ticks(&mut to, 100).await;
-    assert_counts(&before.last().copied().into_iter().chain(after).collect::<Vec<_>>());
+    before.extend(after);
+    assert_counts(&before);
     source.end().await;
     assert_counts(&ticks(&mut to, 100).await);
     destination.end().await;
