@@ -10,16 +10,15 @@ const EVENT_BYTES: usize = 24;
 const EV_KEY: u16 = 1;
 const KEY_POWER: u16 = 116;
 
-/// Starts a thread for each input device; each waits for the power key.
+/// Opens each input device and starts a thread that waits for the power key. The kernel keeps what is pressed from the
+/// opening on, so a guest that serves afterwards hears every press.
 pub(crate) fn watch() {
     let devices = std::fs::read_dir("/dev/input").into_iter().flatten().flatten();
     for device in devices.filter(|entry| entry.file_name().to_string_lossy().starts_with("event")) {
-        let thread = std::thread::Builder::new().stack_size(64 << 10);
-        let _ = thread.spawn(move || {
-            if let Ok(file) = File::open(device.path()) {
-                wait_for_power_key(file);
-            }
-        });
+        if let Ok(file) = File::open(device.path()) {
+            let thread = std::thread::Builder::new().stack_size(64 << 10);
+            let _ = thread.spawn(move || wait_for_power_key(file));
+        }
     }
 }
 
