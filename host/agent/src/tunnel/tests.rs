@@ -352,15 +352,20 @@ fn a_source_with_the_token_of_another_migration_does_not_connect() {
 fn deadlines_end_a_tunnel_that_nobody_uses() {
     let pair = destination(|spec| spec.connect_ms_max = 50);
     assert!(matches!(pair.b_runs.join().unwrap(), Err(TunnelError::NobodyCame)));
-    let pair = destination(|spec| spec.begin_ms_max = 300);
+    // One side has so much time that it is the other that gives up, however slow the machine is.
+    let pair = destination(|_| {});
     let mut a = pair.source();
     a.begin_ms_max = 50;
     a.write().unwrap();
     assert!(matches!(run(&a), Err(TunnelError::NotBegun)));
+    assert!(matches!(pair.b_runs.join().unwrap(), Err(TunnelError::Left)));
+    let pair = destination(|spec| spec.begin_ms_max = 50);
+    let a_runs = go(&pair.source());
     assert!(matches!(
         pair.b_runs.join().unwrap(),
         Err(TunnelError::Left | TunnelError::NotBegun)
     ));
+    assert!(matches!(a_runs.join().unwrap(), Err(TunnelError::Left)));
 }
 
 #[test]
@@ -368,14 +373,12 @@ fn a_qemu_that_dies_is_seen_by_the_other_at_once() {
     let (pair, _a, a_runs) = connected();
     let (mut near, far) = pair.channel();
     exchange(&near, &far);
-    let died = Instant::now();
     drop(far);
-    // First the end of what B's QEMU sent, then writing to it fails.
+    // First the end of what B's QEMU sent, then writing to it fails: not before the buffers on the way are full, and no later.
     assert_eq!(near.read(&mut [0]).unwrap(), 0);
     let block = vec![0; 1 << 20];
-    while near.write_all(&block).is_ok() {
-        assert!(died.elapsed() < Duration::from_secs(5));
-    }
+    let taken = (0..64).take_while(|_| near.write_all(&block).is_ok()).count();
+    assert!(taken < 64, "{taken} MiB were taken for a QEMU that is dead");
     assert!(a_runs.join().unwrap().is_err());
     assert!(matches!(
         pair.b_runs.join().unwrap(),
@@ -426,13 +429,16 @@ fn a_tunnel_is_its_own_process_found_again_and_its_death_ends_both_streams_at_on
     let adopted = adopt(running.pid, running.start_time).unwrap();
     assert!(!adopted.wait_end(Duration::ZERO).unwrap());
     exchange(&near, &far);
+    until(&a, |status| status.phase == Phase::Relaying);
 
-    let died = Instant::now();
     adopted.kill().unwrap();
     // Cut, so neither QEMU may take it for the end: A's socket is closed, B's tunnel reports the cut.
-    assert!(!matches!(near.read(&mut [0]), Ok(1..)));
-    assert!(!matches!(far.read(&mut [0]), Ok(1..)));
-    assert!(died.elapsed() < Duration::from_secs(5));
+    for end in [&mut near, &mut far] {
+        match end.read(&mut [0]) {
+            Ok(count) => assert_eq!(count, 0),
+            Err(error) => assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "it stays open"),
+        }
+    }
     assert!(adopted.wait_end(PATIENCE).unwrap());
     assert!(matches!(
         adopt(running.pid, running.start_time),
