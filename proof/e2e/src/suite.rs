@@ -116,8 +116,12 @@ fn run<F: Fixture>(cases: &[&Case<F>]) -> usize {
     let mut fixture = match F::set_up() {
         Ok(fixture) => fixture,
         Err(error) => {
-            println!("the fixture cannot be set up: {error:#}");
-            cases.iter().for_each(|case| println!("test {} ... FAILED", case.name));
+            for (number, case) in cases.iter().enumerate() {
+                println!("test {} ... FAILED", case.name);
+                if number == 0 {
+                    println!("    the fixture cannot be set up: {error:#}");
+                }
+            }
             return cases.len();
         }
     };

@@ -3,8 +3,13 @@
 use crate::run::{run, run_with_input};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+/// A switch forwards through a new cable within this: the kernel tells it of a carrier once a second at the worst.
+const FORWARDING_LIMIT: Duration = Duration::from_secs(30);
 
 /// The two subnets of a lab, both /24.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +131,37 @@ pub(crate) fn build(id: &str, nets: Nets, hosts: u8) -> Result<()> {
         cable(&switch, Some(&host), "u0", &format!("h{n}-u"), Some(address))?;
         cable(&switch, Some(&host), "vm0", &format!("h{n}-v"), None)?;
     }
-    Ok(())
+    forwarding(&switch, |_| true)
+}
+
+/// Waits until the switch forwards what comes through its ports of these names: the kernel tells a bridge of a new carrier
+/// from a work queue, some time after both ends of the cable are up, and drops every frame until then.
+fn forwarding(switch: &str, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let end = Instant::now() + FORWARDING_LIMIT;
+    loop {
+        let json = run(&["ip", "-n", switch, "-j", "-d", "link"])?;
+        let links: Value = serde_json::from_str(&json).context("cannot read `ip -j -d link`")?;
+        let mut silent = silent_ports(&links);
+        silent.retain(|port| wanted(port));
+        if silent.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            bail!("the lab's switch does not forward for {silent:?}");
+        }
+        // The carrier's notice reaches `ip monitor` before the bridge has acted on it: only its state tells.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The ports of bridges that do not forward.
+fn silent_ports(links: &Value) -> BTreeSet<String> {
+    let links = links.as_array().into_iter().flatten();
+    links
+        .filter(|link| link["linkinfo"]["info_slave_kind"] == "bridge")
+        .filter(|link| link["linkinfo"]["info_slave_data"]["state"] != "forwarding")
+        .filter_map(|link| link["ifname"].as_str().map(str::to_owned))
+        .collect()
 }
 
 /// A veth pair from `namespace` (none: root) into the switch; the switch end's
@@ -157,10 +192,16 @@ fn cable(switch: &str, namespace: Option<&str>, near: &str, far: &str, address: 
 /// neither end says goodbye.
 pub(crate) fn plug(id: &str, host: &str, connected: bool) -> Result<()> {
     let state = if connected { "up" } else { "down" };
+    let switch = netns(id, "sw");
     batch(
-        Some(&netns(id, "sw")),
+        Some(&switch),
         &format!("link set {host}-u {state}\nlink set {host}-v {state}\n"),
-    )
+    )?;
+    if !connected {
+        return Ok(());
+    }
+    let ends = [format!("{host}-u"), format!("{host}-v")];
+    forwarding(&switch, |port| ends.iter().any(|end| end == port))
 }
 
 /// Removes what a host made in its network namespace (bridges, taps, tunnels):
@@ -213,6 +254,21 @@ mod tests {
         assert!(hits([10, 91, 3, 0]));
         assert!(!hits([10, 91, 4, 0]));
         assert!(!hits([10, 92, 0, 0]));
+    }
+
+    #[test]
+    fn only_ports_of_a_bridge_that_do_not_forward_are_silent() {
+        let port = |name: &str, state: &str| {
+            json!({"ifname": name, "linkinfo": {"info_kind": "veth", "info_slave_kind": "bridge",
+                "info_slave_data": {"state": state}}})
+        };
+        let links = json!([
+            {"ifname": "lo"},
+            {"ifname": "br-u", "linkinfo": {"info_kind": "bridge"}},
+            port("h1-u", "forwarding"),
+            port("h1-v", "disabled"),
+        ]);
+        assert_eq!(silent_ports(&links).into_iter().collect::<Vec<_>>(), ["h1-v"]);
     }
 
     #[test]
