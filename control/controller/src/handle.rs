@@ -1,9 +1,6 @@
 //! The edges' only way in: ask, submit, watch.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use engine::World;
@@ -13,6 +10,7 @@ use model::{
     Actor, Command, Digest, Operation, OperationId, Outcome, Refusal, Request, RequestId, Revision, Role, Sequence,
     Timestamp, TokenId, VmId,
     access::TokenHash,
+    change::Answer,
     command::IdempotencyKey,
     name::Reference,
     query::{Listing, OperationView, Page, Query, View, VmView},
@@ -39,9 +37,6 @@ use crate::{
     watch::{WatchItem, watch},
 };
 
-/// How long the answer to a request with an idempotency key is kept.
-const ANSWER_KEPT: Duration = Duration::from_secs(24 * 3600);
-
 /// How a request is made.
 #[derive(Clone, Debug, Default)]
 pub struct SubmitOptions {
@@ -64,7 +59,6 @@ pub(crate) struct Shared {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) health: watch::Receiver<Health>,
     pub(crate) clock: Arc<Clock>,
-    pub(crate) started: Instant,
 }
 
 /// The edges' only way in. Cheap to clone.
@@ -83,14 +77,15 @@ impl Handle {
     /// # Errors
     /// The engine's refusal; `Overloaded` at once when too much waits; `ReadOnly` when nothing can be stored.
     pub async fn submit(&self, actor: Actor, command: Command, options: SubmitOptions) -> Result<Outcome, Refusal> {
+        // Before anything else: a request that was made before is answered, whatever has become of what it was about.
+        if let Some(operation) = self.answered(&actor, &options).await? {
+            return Ok(Outcome::Operation(Box::new(operation)));
+        }
         if let Command::CreateTemplate { content, .. } = &command
             && let Some(blob) = content.blobs().find(|blob| !self.0.blobs.has(*blob))
         {
             let message = format!("blob {} of {} bytes was not uploaded", blob.digest, blob.size_bytes);
             return Err(Refusal::new(Code::InvalidInput, message).hint("upload it, then create the template"));
-        }
-        if let Some(operation) = self.answered(&actor, &options).await? {
-            return Ok(Outcome::Operation(Box::new(operation)));
         }
         let request = Box::new(Request {
             id: RequestId(Uuid::now_v7()),
@@ -106,23 +101,23 @@ impl Handle {
         answer.await.map_err(|_| stopping())?
     }
 
-    /// What the same request led to in an earlier process. One of this process is known to the engine.
+    /// What the same request led to, by the store. The engine knows the answers that it gave since its world was loaded; those
+    /// before that, of an earlier process or before a failed commit, are here alone.
     async fn answered(&self, actor: &Actor, options: &SubmitOptions) -> Result<Option<Operation>, Refusal> {
-        let of_this_process = self.0.started.elapsed() > ANSWER_KEPT;
-        let Some(key) = options.key.as_ref().filter(|_| !options.dry_run && !of_this_process) else {
+        let Some(key) = options.key.as_ref().filter(|_| !options.dry_run) else {
             return Ok(None);
         };
         let unreadable = |error: crate::StorageError| read_only(&error.story());
-        let answer = self
-            .0
-            .storage
-            .answer(actor.project, key.key.clone())
-            .await
-            .map_err(unreadable)?;
-        let Some(answer) = answer.filter(|answer| answer.body_hash == key.body_hash) else {
+        let storage = &self.0.storage;
+        let answer = storage.answer(actor.project, key.key.clone()).await;
+        // An older one the engine replaces.
+        let kept = |answer: &Answer| answer.at.after(engine::ANSWER_KEPT) > self.now();
+        let Some(answer) = answer.map_err(unreadable)?.filter(kept) else {
             return Ok(None);
         };
-        self.0.storage.operation(answer.operation).await.map_err(unreadable)
+        let operation = storage.operation(answer.operation).await.map_err(unreadable)?;
+        let replayed = engine::replayed(&answer, key, operation.as_ref());
+        replayed.map(Some).map_err(|refusal| *refusal)
     }
 
     /// Reads the committed world, as far as the actor may see it.

@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use axum::Router;
@@ -168,7 +168,6 @@ impl Controller {
             storage: storage.clone(),
             health: health_end,
             clock: Arc::new(Clock::start()),
-            started: Instant::now(),
         };
         let parts = Parts {
             storage,

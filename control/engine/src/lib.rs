@@ -46,6 +46,8 @@ use model::{Effect, Event, Report, Timestamp, order::Subject};
 
 pub use bootstrap::Bootstrap;
 pub use index::Held;
+pub use request::replayed;
+pub use tick::ANSWER_KEPT;
 pub use txn::NOTICES_MAX;
 pub use world::{LoadError, World};
 

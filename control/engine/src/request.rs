@@ -4,6 +4,7 @@ use model::{
     Actor, Code, Command, Host, Millis, Name, Operation, OperationId, OperationKind, OperationState, Outcome, Plan,
     Refusal, Request, Row, Template, Timestamp, Vm, VmId,
     change::Answer,
+    command::IdempotencyKey,
     name::Reference,
     operation::{Target, TargetKind},
 };
@@ -35,6 +36,7 @@ pub(crate) fn handle(txn: &mut Txn<'_>, request: &Request) {
     if let (Ok(Outcome::Operation(operation)), Some(key)) = (&answer, &request.key) {
         let at = txn.now;
         let known = txn.world().answers.get(&(request.actor.project, key.key.clone()));
+        let known = known.filter(|known| known.operation == operation.id);
         txn.put(Row::Answer(Answer {
             project: request.actor.project,
             key: key.key.clone(),
@@ -70,17 +72,28 @@ fn admit(world: &World, request: &Request) -> Result<Option<Operation>, Box<Refu
         let message = "the idempotency key is not 1 to 255 visible ASCII characters";
         return Err(refuse(Code::InvalidInput, message, "send a random UUID"));
     }
-    let Some(known) = world.answers.get(&(actor.project, key.key.clone())) else {
-        return Ok(None);
-    };
-    let operation = world.operation(known.operation);
+    match world.answers.get(&(actor.project, key.key.clone())) {
+        Some(known) => replayed(known, key, world.operation(known.operation)).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// What a request with an idempotency key that was used within [`ANSWER_KEPT`](crate::ANSWER_KEPT) led to.
+///
+/// # Errors
+/// `KeyReused`, when the key stands for another request or what it led to is no longer kept.
+pub fn replayed(
+    known: &Answer,
+    key: &IdempotencyKey,
+    operation: Option<&Operation>,
+) -> Result<Operation, Box<Refusal>> {
     match operation {
-        Some(operation) if known.body_hash == key.body_hash => Ok(Some(operation.clone())),
-        Some(_) => Err(refuse(
+        _ if known.body_hash != key.body_hash => Err(refuse(
             Code::KeyReused,
             "the idempotency key was used for another request within a day",
             "send a fresh key with each new request",
         )),
+        Some(operation) => Ok(operation.clone()),
         None => Err(refuse(
             Code::KeyReused,
             "the idempotency key was used, and what it led to is no longer kept",

@@ -5,7 +5,7 @@ use model::{Code, Key, Millis, Operation, OperationId, OperationKind, Refusal, V
 use crate::{cancel, lifecycle, moves, reconcile, templates, txn::Txn};
 
 /// How long the answer to a request with an idempotency key is kept.
-pub(crate) const ANSWER_KEPT: Millis = Millis::seconds(24 * 3600);
+pub const ANSWER_KEPT: Millis = Millis::seconds(24 * 3600);
 /// Most operations that are over and kept.
 const FINISHED_MAX: usize = 10_000;
 /// Most things of a kind that one tick deals with: the rest is due at once again.

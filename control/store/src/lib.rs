@@ -11,7 +11,7 @@
 //! - A commit that was acknowledged survives kill -9 and loss of power (WAL, synchronous=FULL); one that was refused left nothing.
 //! - A deposed leader writes nothing: its epoch is compared in the same transaction.
 //! - What was promised is not taken back: a VM's highest generation, revision and order number only grow, an operation
-//!   that is over stays so, an idempotency key keeps its first answer, a notice is never rewritten.
+//!   that is over stays so, an idempotency key keeps its first answer for a day, a notice is never rewritten.
 //! - Names, MACs and addresses are unique, and references lead somewhere, by the database's own constraints.
 //! - A full or failing disk makes the store read-only until [`Store::reload`] has written something again.
 //! - Everything is bounded: notices, answers and finished operations by [`Retention`], pages by `Page::LIMIT_MAX`.

@@ -162,7 +162,11 @@ impl Table {
                 "answer",
                 &["project_id", "request_key"],
                 &["body_hash", "operation_id", "answered_at"],
-                When("excluded.body_hash = answer.body_hash AND excluded.operation_id = answer.operation_id"),
+                // A day later the key is as good as new, whether or not its answer has been pruned.
+                When(
+                    "excluded.body_hash = answer.body_hash AND excluded.operation_id = answer.operation_id \
+                     OR excluded.answered_at - answer.answered_at >= 86400000",
+                ),
             ),
             Self::Notice => ("notice", &["sequence"], &["project_id"], Never),
         };

@@ -194,7 +194,7 @@ async fn a_name_freed_in_a_batch_may_be_taken_in_it_and_the_last_change_of_a_row
 }
 
 #[tokio::test]
-async fn an_idempotency_key_keeps_its_first_answer() {
+async fn an_idempotency_key_keeps_its_first_answer_for_a_day() {
     let dir = tempfile::tempdir().unwrap();
     let store = with_world(dir.path()).await;
     store.commit(put([Row::Answer(answer(0x100))])).await.unwrap(); // the same again
@@ -210,6 +210,15 @@ async fn an_idempotency_key_keeps_its_first_answer() {
         store.answer(project_id(), "key-100").await.unwrap(),
         Some(answer(0x100))
     );
+    let mut next_day = answer(0x100);
+    next_day.body_hash = [8; 32];
+    next_day.operation = OperationId(uuid(99));
+    next_day.at = next_day.at.after(Millis::seconds(24 * 3600 - 1));
+    let error = refused(&store, put([Row::Answer(next_day.clone())])).await;
+    assert!(matches!(error, CommitError::Stale { table: "answer", .. }), "{error}");
+    next_day.at = next_day.at.after(Millis::seconds(1));
+    store.commit(put([Row::Answer(next_day.clone())])).await.unwrap();
+    assert_eq!(store.answer(project_id(), "key-100").await.unwrap(), Some(next_day));
 }
 
 #[tokio::test]
