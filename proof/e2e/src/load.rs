@@ -2,7 +2,7 @@
 //! with one second and one chance, and what became of every one of them.
 
 use crate::http::Connection;
-use crate::probe::enter_netns;
+use crate::probe::{enter_netns, real_time};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::cell::{Cell, RefCell};
@@ -67,6 +67,7 @@ impl Load {
         let (netns, stopped, losing) = (netns.to_owned(), stop.clone(), lost.clone());
         let body = move || {
             enter_netns(&netns)?;
+            real_time();
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()

@@ -15,13 +15,14 @@ use std::time::Duration;
 pub const FROM: u8 = 1;
 /// The host that gets it.
 pub const TO: u8 = 2;
-/// Slower than the guest writes, and so slow that all happens in the first two rounds: from the fourth on a guest that writes too
-/// fast is given a longer and longer standstill, and requests would rightly be lost.
-const LINK_MBIT_PER_S: u32 = 80;
+/// So slow that the copy neither ends nor comes to its fourth round (from there on a guest that writes too fast is given a longer
+/// and longer standstill, and requests would rightly be lost) before all of Godwit has been killed and started again, on a machine
+/// as busy as may be: the first round alone is more than 64 MiB at 2 MB/s, the next is what the guest wrote meanwhile.
+const LINK_MBIT_PER_S: u32 = 16;
 const WRITTEN_MIB: u32 = 64;
 const WRITES_MIB_PER_S: u32 = 64;
 /// The copy is under way when this much is over.
-const UNDER_WAY_BYTES: u64 = 8 << 20;
+const UNDER_WAY_BYTES: u64 = 2 << 20;
 const COPY_LIMIT: Duration = Duration::from_secs(60);
 /// After the fault the operation ends within this by itself, s.
 const END_LIMIT_S: u32 = 90;

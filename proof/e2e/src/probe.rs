@@ -214,10 +214,11 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         .context("cannot start the probe")
 }
 
-/// Asks for SCHED_FIFO at the lowest real-time priority, so that guests that
-/// fill both cores do not show up as gaps. Without it the probe still works.
+/// Asks for SCHED_FIFO at the lowest real-time priority for this thread: the
+/// probe and the load stand for another machine, so guests that fill all cores
+/// must not show up as silence of the guest. Without it they still work.
 #[allow(unsafe_code)]
-fn real_time() {
+pub(crate) fn real_time() {
     let parameters = libc::sched_param { sched_priority: 1 };
     // SAFETY: pid 0 is the calling thread; the pointer is to a live local.
     unsafe {

@@ -282,7 +282,12 @@ fn a_console_takes_what_is_typed_and_shows_the_answer(shared: &mut Shared) -> Re
 fn events_are_numbered_without_gap_and_resume_where_one_left(shared: &mut Shared) -> Result<()> {
     let api = Api::of(&shared.cluster)?;
     let events = api.events(None)?;
-    let mut follow = Terminal::piped(&mut shared.cluster.command(&["events", "--follow", "-o", "json"]))?;
+    // From a known event on: nothing tells when a command that was just started has come to the server.
+    let known = shared.cluster.cli(&["events", "-o", "json"])?;
+    let known: Value = serde_json::from_str(known.lines().last().context("no event at all")?)?;
+    let known = known["data"]["sequence"].to_string();
+    let words = ["events", "--follow", "--after", &known, "-o", "json"];
+    let mut follow = Terminal::piped(&mut shared.cluster.command(&words))?;
     shared.cluster.json(&[
         "vm",
         "create",
