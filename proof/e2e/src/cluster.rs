@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 const API_PORT: u16 = 8443;
 /// Port that agents dial.
 const AGENT_PORT: u16 = 8444;
-/// A start that takes longer has failed.
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// A start that takes longer has failed. An agent may try an accelerator for 30 s before it takes the other.
+const START_LIMIT: Duration = Duration::from_secs(90);
 /// Commands wait for operations; the longest (a template's build) has to download.
 const COMMAND_LIMIT: &str = "900";
 
