@@ -25,6 +25,7 @@ mod reports;
 mod runner;
 mod session;
 mod shared;
+mod standstill;
 mod template;
 pub mod tunnel;
 mod tunnels;

@@ -1,4 +1,4 @@
-//! Words between two agents about a hand-over, over their own mutual TLS connection.
+//! Words between two agents about a hand-over, and what the guest missed in it, over their own mutual TLS connection.
 //!
 //! ```text
 //!   source's agent ── dials when a copy begins ──▶ destination's agent      words go both ways on it
@@ -24,14 +24,18 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc},
-    time::{Instant, timeout, timeout_at},
+    time::timeout,
 };
-use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
+use wire::{Decoder, Missed, Peer, peer::FRAME_BYTES_MAX};
 
-use crate::shared::Shared;
+use crate::{shared::Shared, standstill};
 
 /// Words waiting on one connection. More means that it is stuck; they are repeated anyway.
 const WAITING_MAX: usize = 64;
+/// Portions of guests' frames waiting to be sent on one connection.
+const PORTIONS_SENT_MAX: usize = 4;
+/// Portions that came on one connection and wait to be given: all of one port's hand-over.
+const PORTIONS_GIVEN_MAX: usize = 64;
 /// Connections of other agents at once.
 const CONNECTIONS_MAX: usize = 256;
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
@@ -64,16 +68,28 @@ pub(crate) struct Peers {
 #[derive(Clone, Debug)]
 struct Link {
     words: mpsc::Sender<Relay>,
+    missed: mpsc::Sender<Missed>,
     /// Whether the other side has answered. Until then a word may wait here for a host that is not there any more.
     up: Arc<AtomicBool>,
 }
 
 impl Link {
-    fn new(up: bool) -> (Self, mpsc::Receiver<Relay>) {
+    fn new(up: bool) -> (Self, Queues) {
         let (words, queue) = mpsc::channel(WAITING_MAX);
+        let (missed, portions) = mpsc::channel(PORTIONS_SENT_MAX);
         let up = Arc::new(AtomicBool::new(up));
-        (Self { words, up }, queue)
+        let queues = Queues {
+            words: queue,
+            missed: portions,
+        };
+        (Self { words, missed, up }, queues)
     }
+}
+
+/// What waits to be sent on a connection.
+struct Queues {
+    words: mpsc::Receiver<Relay>,
+    missed: mpsc::Receiver<Missed>,
 }
 
 impl Peers {
@@ -90,21 +106,29 @@ impl Peers {
         }
     }
 
+    /// Hands over a portion of what a guest missed, as soon as there is room for it; whether there is a connection that may carry it.
+    pub(crate) async fn hand_over(&self, host: HostId, missed: Missed) -> bool {
+        let Some(queue) = self.lock().get(&host).map(|link| link.missed.clone()) else {
+            return false;
+        };
+        matches!(timeout(LOST_AFTER, queue.send(missed)).await, Ok(Ok(())))
+    }
+
     /// Makes sure that there is a connection to a host, or that one is being made.
     pub(crate) fn ensure(self: &Arc<Self>, shared: &Arc<Shared>, host: HostId, address: SocketAddr) {
-        let (up, words) = {
+        let (up, queues) = {
             let mut links = self.lock();
             if links.get(&host).is_some_and(|link| !link.words.is_closed()) {
                 return;
             }
-            let (link, words) = Link::new(false);
+            let (link, queues) = Link::new(false);
             let up = Arc::clone(&link.up);
             links.insert(host, link);
-            (up, words)
+            (up, queues)
         };
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
-            if let Err(error) = dial(&shared, host, address, &up, words).await {
+            if let Err(error) = dial(&shared, host, address, &up, queues).await {
                 tracing::warn!(%host, %address, error = &error as &dyn std::error::Error, "no connection to the other agent");
             }
         });
@@ -120,7 +144,7 @@ async fn dial(
     host: HostId,
     address: SocketAddr,
     up: &AtomicBool,
-    words: mpsc::Receiver<Relay>,
+    queues: Queues,
 ) -> Result<(), LinkError> {
     let config = tls::to_host(&shared.identity(), host.0)?;
     let stream = timeout(HANDSHAKE_MAX, TcpStream::connect(address))
@@ -140,7 +164,7 @@ async fn dial(
         }
         _ => return Err(LinkError::Version),
     }
-    talk(shared, host, stream, decoder, words).await
+    talk(shared, host, stream, decoder, queues).await
 }
 
 /// Accepts other agents' connections for as long as the agent lives.
@@ -192,42 +216,67 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
     stream
         .write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?)
         .await?;
-    let (link, words) = Link::new(true);
+    let (link, queues) = Link::new(true);
     shared.peers.lock().insert(host, link);
-    talk(shared, host, stream, decoder, words).await
+    talk(shared, host, stream, decoder, queues).await
 }
 
-/// Carries words both ways until the connection ends.
+/// Carries words and frames both ways until the connection ends. Hearing does not wait for saying: two sides that both wait for the
+/// other to hear would wait for ever.
 async fn talk<S: AsyncRead + AsyncWrite + Send + 'static>(
     shared: &Arc<Shared>,
     host: HostId,
     stream: S,
-    mut decoder: Decoder,
-    mut words: mpsc::Receiver<Relay>,
+    decoder: Decoder,
+    queues: Queues,
 ) -> Result<(), LinkError> {
-    let (mut from, mut to) = tokio::io::split(stream);
-    let mut beat = tokio::time::interval(HEARTBEAT);
-    // Our own heartbeats must not put the deadline off: only what is heard does.
-    let mut lost_at = Instant::now() + LOST_AFTER;
+    let (from, to) = tokio::io::split(stream);
+    tokio::select! {
+        ended = hear_all(shared, host, from, decoder) => ended,
+        ended = say_all(to, queues) => ended,
+    }
+}
+
+async fn hear_all<S: AsyncRead + Unpin>(
+    shared: &Arc<Shared>,
+    host: HostId,
+    mut from: S,
+    mut decoder: Decoder,
+) -> Result<(), LinkError> {
+    let (given, portions) = mpsc::channel(PORTIONS_GIVEN_MAX);
+    tokio::spawn(standstill::give_all(Arc::clone(shared), host, portions));
     loop {
-        tokio::select! {
-            heard = timeout_at(lost_at, next(&mut from, &mut decoder)) => match heard.map_err(|_| LinkError::Silent)?? {
-                // Whoever speaks may speak only for the host in its certificate.
-                Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => {
-                    lost_at = Instant::now() + LOST_AFTER;
-                    shared.hear(word);
-                }
-                Some(_) => lost_at = Instant::now() + LOST_AFTER,
+        // Our own heartbeats do not put the deadline off: only what is heard does.
+        match timeout(LOST_AFTER, next(&mut from, &mut decoder))
+            .await
+            .map_err(|_| LinkError::Silent)??
+        {
+            // Whoever speaks may speak only for the host in its certificate.
+            Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => shared.hear(word),
+            Some(Peer::Missed(missed)) => {
+                // Words do not wait for guests: what comes faster than it can be given is lost, as on any network.
+                let _ = given.try_send(missed);
+            }
+            Some(_) => {}
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Says what waits, words first, and a sign of life now and then.
+async fn say_all<S: AsyncWrite + Unpin>(mut to: S, mut queues: Queues) -> Result<(), LinkError> {
+    let mut beat = tokio::time::interval(HEARTBEAT);
+    loop {
+        let frame = tokio::select! {
+            biased;
+            word = queues.words.recv() => match word {
+                Some(word) => Peer::Word(word),
                 None => return Ok(()),
             },
-            word = words.recv() => {
-                let Some(word) = word else { return Ok(()) };
-                put(&mut to, &Peer::Word(word)).await?;
-            }
-            _ = beat.tick() => {
-                put(&mut to, &Peer::Heartbeat).await?;
-            }
-        }
+            _ = beat.tick() => Peer::Heartbeat,
+            Some(missed) = queues.missed.recv() => Peer::Missed(missed),
+        };
+        put(&mut to, &frame).await?;
     }
 }
 

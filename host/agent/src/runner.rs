@@ -25,13 +25,14 @@ use model::{
     template::Boot,
 };
 use network::Announcement;
-use task::{Effect, Input, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
+use task::{Effect, Input, Missed, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     console::Serial,
     journal,
     shared::{Shared, Shown, lock},
+    standstill::{Move, Standstill},
     template::{chain, fetch_blob, named},
     tunnel,
     tunnels::Tunnel,
@@ -81,6 +82,7 @@ pub(crate) fn start(
         machine: None,
         taps: vec![],
         tunnel: None,
+        standstill: Standstill::default(),
         timers: BTreeMap::new(),
         said: (None, 0),
         end_deaf: Arc::default(),
@@ -98,6 +100,7 @@ struct Runner {
     machine: Option<qemu::Vm>,
     taps: Vec<OwnedFd>,
     tunnel: Option<Tunnel>,
+    standstill: Standstill,
     timers: BTreeMap<Timer, Instant>,
     /// The last word and how often it was said.
     said: (Option<Message>, u32),
@@ -188,6 +191,7 @@ impl Runner {
             Effect::Clear => self.clear(),
             Effect::DeleteFiles(volumes) => self.delete_files(volumes),
             Effect::Tunnel(wish) => self.tunnel(wish),
+            Effect::Missed(wish) => self.missed(wish),
             Effect::Say(word) => self.say(word),
             Effect::Set(timer, after) => {
                 self.timers.insert(timer, Instant::now() + Duration::from(after));
@@ -286,6 +290,7 @@ impl Runner {
     fn clear(&mut self) {
         self.taps.clear();
         self.tunnel = None;
+        self.standstill.forget();
         *lock(&self.shown.serial) = None;
         self.machine = None;
         if let Some(definition) = &self.task.saved().definition {
@@ -336,6 +341,30 @@ impl Runner {
         match made {
             Ok(tunnel) => self.tunnel = Some(tunnel),
             Err(reason) => self.feed_back(Input::Tunnel(TunnelEvent::Failed { reason })),
+        }
+    }
+
+    fn missed(&mut self, wish: Missed) {
+        match wish {
+            Missed::Keep => {
+                if let Some(definition) = &self.task.saved().definition {
+                    self.standstill.keep(&self.shared, definition);
+                }
+            }
+            Missed::HandOver {
+                to,
+                granted,
+                stood_at_ms,
+            } => {
+                let of = Move {
+                    vm: self.vm,
+                    to,
+                    granted,
+                    stood_at_ms,
+                };
+                self.standstill.hand_over(&self.shared, of);
+            }
+            Missed::Drop => self.standstill.forget(),
         }
     }
 

@@ -187,6 +187,11 @@ impl Shared {
         }
     }
 
+    /// What the journal has of a VM.
+    pub(crate) fn saved_of(&self, vm: VmId) -> Option<Saved> {
+        lock(&self.journal).saved_of(vm).cloned()
+    }
+
     /// Carries out an order.
     pub(crate) fn order(shared: &Arc<Self>, order: Order) {
         match order {

@@ -167,19 +167,19 @@ impl Told {
 fn changes_of(directory: &Path) -> std::io::Result<AsyncFd<OwnedFd>> {
     let changes = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
     inotify::add_watch(&changes, directory, inotify::WatchFlags::MOVED_TO)?;
-    watched(changes)
+    watched(changes, Interest::READABLE)
 }
 
 /// A descriptor whose readiness the runtime tells.
 #[allow(unsafe_code)]
-fn watched(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is owned by the `AsyncFd`, so it stays open and the same for as long as it is registered.
-    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
 /// Tells each new phase once, until the process ends.
 async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, told_to: Told) {
-    let Ok(end) = watched(pidfd) else { return };
+    let Ok(end) = watched(pidfd, Interest::READABLE) else { return };
     let mut told: Option<Phase> = None;
     loop {
         let ended = tokio::select! {

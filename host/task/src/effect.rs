@@ -67,6 +67,8 @@ pub enum Effect {
     DeleteFiles(Vec<VolumePlace>),
     /// Start, find again or end the migration's tunnel.
     Tunnel(Tunnel),
+    /// What reaches the VM's ports while its guest stands for a move. Best effort: not answered, nothing depends on it.
+    Missed(Missed),
     /// Say this to the other agent; by the controller where the direct way is cut.
     Say(Peer),
     /// Set a timer; the same timer set again starts anew.
@@ -79,6 +81,25 @@ pub enum Effect {
     Progress(OperationId, Progress),
     /// Nothing of the VM is left here: the task may be dropped, its record kept as a tombstone.
     Gone,
+}
+
+/// What the guest of a move misses while it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missed {
+    /// Source: the guest may stand from now on at any time; keep what reaches its ports. Said again while it still runs: what came long
+    /// before needs not be kept any more.
+    Keep,
+    /// Source: the destination has the VM, so hand it over, and what comes late.
+    HandOver {
+        /// The destination.
+        to: HostId,
+        /// Names the terms.
+        granted: Generation,
+        /// When the guest stood, by this host's wall clock, ms since 1970.
+        stood_at_ms: i64,
+    },
+    /// The guest stays: its own process finds in its ports what it missed.
+    Drop,
 }
 
 /// A migration's tunnel.

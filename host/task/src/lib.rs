@@ -19,9 +19,10 @@ mod life;
 mod moving;
 mod saved;
 mod search;
+mod standstill;
 mod task;
 
-pub use effect::{Effect, Input, Peer, Timer, Tunnel, TunnelEvent};
-pub use moving::nearly_done;
+pub use effect::{Effect, Input, Missed, Peer, Timer, Tunnel, TunnelEvent};
 pub use saved::{Decision, Pending, Role, Saved};
+pub use standstill::nearly_done;
 pub use task::Task;

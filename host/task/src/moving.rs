@@ -10,8 +10,9 @@ use model::{
 };
 
 use crate::{
-    effect::{Effect, Peer, Timer, Tunnel, TunnelEvent},
+    effect::{Effect, Missed, Peer, Timer, Tunnel, TunnelEvent},
     saved::{Decision, Role},
+    standstill::{DOWNTIME_AIM, nearly_done},
     task::Task,
 };
 
@@ -37,7 +38,7 @@ pub(crate) struct Move {
     /// Source: the guest stood from the first byte on.
     stood_first: bool,
     /// Source: when the guest stood.
-    stopped_at_ms: Option<i64>,
+    pub(crate) stopped_at_ms: Option<i64>,
     /// Source: the destination has it; the process is to end once its figures are in.
     tearing_down: bool,
 }
@@ -52,24 +53,6 @@ const RESEND_MAX: Millis = Millis::seconds(2);
 const LINGER: Millis = Millis::seconds(1);
 /// What the destination allows beyond the source's own deadline.
 pub(crate) const MARGIN: Millis = Millis::seconds(30);
-/// The standstill aimed at.
-const DOWNTIME_AIM: Millis = Millis(2);
-/// The longest standstill that a guest which keeps writing is given in the end.
-const DOWNTIME_MAX: Millis = Millis::seconds(2);
-/// So little is left that it is sent in no time, whatever the speed is.
-const TRIFLE_BYTES: u64 = 256 * 1024;
-
-/// Whether what is left is sent within the standstill that is allowed by now: [`DOWNTIME_AIM`] after the first round, then twice as much
-/// with each further one, up to [`DOWNTIME_MAX`]. A calm guest leaves less with each round, and is worth the few milliseconds that
-/// another one takes; a guest that writes as fast as the link takes ends too, with a longer standstill.
-#[must_use]
-pub fn nearly_done(copy: &CopyState) -> bool {
-    let doublings = copy.round.saturating_sub(2).min(20);
-    let allowed_ms = (DOWNTIME_AIM.0 << doublings).min(DOWNTIME_MAX.0);
-    let fits = copy.bytes_per_s.saturating_mul(allowed_ms) / 1000;
-    copy.round > 1 && copy.remaining_bytes <= fits.max(TRIFLE_BYTES)
-}
-
 impl Task {
     pub(crate) fn receive(&mut self, terms: Terms, definition: Box<Definition>) -> Vec<Effect> {
         if terms.destination_boot != self.boot || terms.destination != self.host {
@@ -159,6 +142,7 @@ impl Task {
         let timers = [Timer::Deadline, Timer::Settle, Timer::Resend, Timer::Linger];
         let mut effects: Vec<_> = timers.into_iter().map(Effect::Stop).collect();
         effects.push(Effect::Tunnel(Tunnel::Close));
+        effects.push(Effect::Missed(Missed::Drop));
         effects
     }
 
@@ -214,7 +198,7 @@ impl Task {
                 Source::Released => vec![self.save(), self.report(Happening::Released)],
                 _ => vec![self.save()],
             },
-            SourceEffect::Stand => vec![Effect::Act(Action::Stand)],
+            SourceEffect::Stand => vec![Effect::Missed(Missed::Keep), Effect::Act(Action::Stand)],
             SourceEffect::CancelCopy if self.moving.copying => vec![Effect::Act(Action::CancelCopy)],
             SourceEffect::CancelCopy => self.source(SourceInput::CopyFailed {
                 reason: Refusal::new(Code::Cancelled, "it was cancelled"),
@@ -263,6 +247,7 @@ impl Task {
             Effect::Stop(Timer::Deadline),
             Effect::Stop(Timer::Resend),
             Effect::Tunnel(Tunnel::Close),
+            Effect::Missed(Missed::Drop),
         ];
         effects.extend(self.answer(what));
         if self.up.is_none() {
@@ -275,7 +260,8 @@ impl Task {
     fn tear_down(&mut self) -> Vec<Effect> {
         self.moving.tearing_down = true;
         self.saved.power = Power::Off;
-        let mut effects = vec![Effect::Stop(Timer::Deadline), Effect::Stop(Timer::Resend)];
+        let mut effects = self.hand_over_missed();
+        effects.extend([Effect::Stop(Timer::Deadline), Effect::Stop(Timer::Resend)]);
         match (self.up, self.moving.cost, self.moving.copying) {
             (None, _, _) => effects.extend(self.torn_down()),
             (Some(_), None, true) => effects.push(Effect::Set(Timer::Linger, LINGER)),
@@ -480,6 +466,10 @@ impl Task {
     fn copying(&mut self, copy: CopyState) -> Vec<Effect> {
         let mut effects = vec![];
         self.moving.copied_some = true;
+        if self.moving.stopped_at_ms.is_none() {
+            // The hypervisor may end a copy by itself, without being asked to stand.
+            effects.push(Effect::Missed(Missed::Keep));
+        }
         if let Some(round) = copy.ended
             && self.moving.rounds.len() < ROUNDS_MAX
         {
@@ -629,7 +619,12 @@ impl Task {
                     bytes_per_s_max: None,
                     downtime_max: DOWNTIME_AIM,
                 };
-                vec![Effect::Act(Action::Copy(limits)), self.report(Happening::Copying)]
+                vec![
+                    // A driver may stand the guest before it copies.
+                    Effect::Missed(Missed::Keep),
+                    Effect::Act(Action::Copy(limits)),
+                    self.report(Happening::Copying),
+                ]
             }
             TunnelEvent::Closed { wire_bytes } => {
                 self.moving.wire_bytes = Some(wire_bytes);

@@ -9,7 +9,7 @@ use model::{
     Message,
     order::{Happening, Verb},
 };
-use task::{Input, Peer, Role, TunnelEvent};
+use task::{Input, Missed, Peer, Role, TunnelEvent};
 
 /// Two machines, and the copy between them.
 struct Pair {
@@ -196,6 +196,43 @@ fn a_vm_arrives_and_nothing_is_left_behind() {
     );
     assert_eq!(pair.b.seen(), Happening::Running);
     assert!(pair.a.disk && pair.b.disk, "the disk is shared and stays");
+}
+
+#[test]
+fn what_a_guest_misses_is_kept_from_before_it_stands_and_handed_over_only_when_the_destination_has_it() {
+    let mut pair = Pair::new();
+    pair.settle(false);
+    let (last, before) = pair.a.missed.split_last().unwrap();
+    let handed_over = Missed::HandOver {
+        to: host(1),
+        granted: terms().granted,
+        stood_at_ms: 1,
+    };
+    assert_eq!(*last, handed_over);
+    assert!(
+        before.len() >= 2 && before.iter().all(|missed| *missed == Missed::Keep),
+        "{before:?}"
+    );
+    assert_eq!(pair.b.missed, [], "whoever arrives misses nothing here");
+
+    for turns in 0..60 {
+        let mut pair = Pair::new();
+        pair.cancel_in = Some(turns);
+        pair.settle(false);
+        let handed_over = pair
+            .a
+            .missed
+            .iter()
+            .any(|missed| matches!(missed, Missed::HandOver { .. }));
+        assert_eq!(handed_over, pair.runs()[1], "cancelled after {turns} turns");
+        if !handed_over && !pair.a.missed.is_empty() {
+            assert_eq!(
+                pair.a.missed.last(),
+                Some(&Missed::Drop),
+                "cancelled after {turns} turns"
+            );
+        }
+    }
 }
 
 #[test]

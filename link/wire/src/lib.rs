@@ -25,7 +25,7 @@ pub mod ticket;
 
 pub use frame::{Decoder, FrameError, decode, encode};
 pub use join::{JoinRequest, JoinResponse, RenewRequest, RenewResponse};
-pub use peer::Peer;
+pub use peer::{GuestFrame, Missed, Peer};
 pub use problem::Problem;
 pub use session::{Accepted, Down, Hello, Up};
 pub use ticket::Ticket;

@@ -1,10 +1,16 @@
-//! Between two agents, over their own mutual TLS connection: the words of a hand-over.
+//! Between two agents, over their own mutual TLS connection: the words of a hand-over, and what the guest missed in it.
 
-use model::order::Relay;
-use serde::{Deserialize, Serialize};
+use std::fmt;
 
-/// Longest frame between agents, bytes.
-pub const FRAME_BYTES_MAX: usize = 64 << 10;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use model::{Generation, PortId, VmId, order::Relay};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+/// Longest frame between agents, bytes: a guest's frame of 64 KiB in base 64 and its envelope.
+pub const FRAME_BYTES_MAX: usize = 128 << 10;
+
+/// Bytes of guests' frames, before base 64, that fit in one [`Peer::Missed`] however short each of them is.
+pub const MISSED_BYTES_MAX: usize = 66 << 10;
 
 /// From one agent to another, either way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,9 +31,78 @@ pub enum Peer {
     /// A word about a hand-over; the same form as when the controller relays it. The receiver takes it only when `from` is the host
     /// in the certificate of this connection and `to` is itself.
     Word(Relay),
+    /// What a guest missed while it stood for a move, from the host that it left; the receiver takes it only from the source of the
+    /// hand-over by which it has the VM. Best effort: not answered, not said again, not relayed.
+    Missed(Missed),
     /// Sign of life.
     Heartbeat,
     /// A frame of a newer version, to be ignored.
     #[serde(other)]
     Other,
+}
+
+/// Frames that reached a VM's port on the host that it left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missed {
+    /// The VM.
+    pub vm: VmId,
+    /// The generation under which the receiver has it: names the hand-over.
+    pub granted: Generation,
+    /// The port that they are for.
+    pub port: PortId,
+    /// In the order in which they came; at most [`MISSED_BYTES_MAX`] together.
+    pub frames: Vec<GuestFrame>,
+}
+
+/// One frame to a guest: 10 bytes of `virtio_net_hdr` (virtio 1.2, section 5.1.6, little-endian, without `num_buffers`) and the
+/// Ethernet frame. In JSON it is text in base 64.
+#[derive(Clone, PartialEq, Eq)]
+pub struct GuestFrame(pub Vec<u8>);
+
+impl fmt::Debug for GuestFrame {
+    /// Its length: what guests are sent is in no log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestFrame({} bytes)", self.0.len())
+    }
+}
+
+impl Serialize for GuestFrame {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for GuestFrame {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        STANDARD.decode(text).map(Self).map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{decode, encode};
+
+    #[test]
+    fn as_many_bytes_as_are_allowed_fit_in_a_frame_whether_in_one_piece_or_in_the_shortest() {
+        // The shortest that a bridge sends out: the virtio header and an Ethernet header.
+        for length in [24, 70, 1524, MISSED_BYTES_MAX] {
+            let missed = Peer::Missed(Missed {
+                vm: VmId(uuid::Uuid::max()),
+                granted: Generation(u64::MAX),
+                port: PortId(uuid::Uuid::max()),
+                frames: vec![GuestFrame(vec![0xff; length]); MISSED_BYTES_MAX / length],
+            });
+            let bytes = encode(&missed, FRAME_BYTES_MAX).unwrap();
+            assert_eq!(decode::<Peer>(&bytes[4..]).unwrap(), missed);
+        }
+    }
+
+    #[test]
+    fn what_is_not_base_64_is_refused_and_a_frames_content_is_in_no_log() {
+        assert!(decode::<GuestFrame>(br#""?""#).is_err());
+        let shown = format!("{:?}", GuestFrame(b"hunter2".to_vec()));
+        assert_eq!(shown, "GuestFrame(7 bytes)");
+    }
 }

@@ -103,6 +103,7 @@ fn every_kind_of_frame_has_a_sample() {
             Peer::Hello { .. } => "hello",
             Peer::Accepted { .. } => "accepted",
             Peer::Word(_) => "word",
+            Peer::Missed(_) => "missed",
             Peer::Heartbeat => "heartbeat",
             Peer::Other => "other",
         }
@@ -112,7 +113,7 @@ fn every_kind_of_frame_has_a_sample() {
     let seen: BTreeSet<_> = samples::downs().iter().map(|(_, frame)| down(frame)).collect();
     assert_eq!(seen.len(), 6, "{seen:?}");
     let seen: BTreeSet<_> = samples::peers().iter().map(|(_, frame)| peer(frame)).collect();
-    assert_eq!(seen.len(), 4, "{seen:?}");
+    assert_eq!(seen.len(), 5, "{seen:?}");
 }
 
 #[test]

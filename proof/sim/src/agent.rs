@@ -192,7 +192,7 @@ impl Sim {
                 }
             }
             Effect::Report(report) => self.push_report(host, Report::Vm(report)),
-            Effect::Progress(..) | Effect::Gone => {}
+            Effect::Progress(..) | Effect::Missed(_) | Effect::Gone => {}
         }
         Ok(())
     }

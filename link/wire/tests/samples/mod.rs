@@ -205,6 +205,7 @@ fn facts() -> HostFacts {
             name: "local".parse().unwrap(),
             capacity_bytes: 1 << 40,
             free_bytes: 1 << 39,
+            silent_since: None,
         }],
         agent_version: "0.1.0".into(),
     }
@@ -242,7 +243,15 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
         (
             "inventory".to_owned(),
             Report::Inventory {
-                vms: observed.collect(),
+                vms: observed.clone().collect(),
+            },
+        ),
+        (
+            "inventory-part".to_owned(),
+            Report::InventoryPart {
+                vms: observed.take(1).collect(),
+                after: Some(id(20)),
+                up_to: Some(id(1)),
             },
         ),
         (
@@ -386,9 +395,20 @@ pub(crate) fn peers() -> Vec<(String, Peer)> {
         ),
         ("accepted".to_owned(), Peer::Accepted { version: 1 }),
         ("heartbeat".to_owned(), Peer::Heartbeat),
+        ("missed".to_owned(), Peer::Missed(missed())),
     ];
     peers.extend(words.into_iter().enumerate().map(word));
     peers
+}
+
+fn missed() -> Missed {
+    let broadcast = [&[0; 10][..], &[0xff; 6], &[2, 0, 0x5e, 0x10, 0, 9], &[8, 6], &[0; 46]].concat();
+    Missed {
+        vm: id(1),
+        granted: Generation(2),
+        port: id(9),
+        frames: vec![GuestFrame(broadcast), GuestFrame((0..24).collect())],
+    }
 }
 
 /// Joining and renewing.
