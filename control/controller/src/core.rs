@@ -105,6 +105,8 @@ pub(crate) struct Connect {
 pub struct Health {
     /// Why nothing can be stored now; `None` when all is well.
     pub read_only: Option<String>,
+    /// The loop has ended, or takes nothing more: nothing is answered before the process is started anew.
+    pub stopped: bool,
 }
 
 /// Why the loop ended.
@@ -430,8 +432,10 @@ impl Core {
                 orders: ends.orders,
                 state: ends.state,
             };
-            // If the agent has gone, the session's end is noticed as any other.
-            let _ = connect.reply.send(Ok(connected));
+            if connect.reply.send(Ok(connected)).is_err() {
+                // The agent has gone before anybody read from its session: nobody else will tell.
+                self.links.gone(connect.host, connect.session, false, Instant::now());
+            }
         }
         for (host, down, sent) in sends {
             let _ = sent.send(self.links.send(host, down));
@@ -488,7 +492,10 @@ impl Core {
         }
         self.links.close_all(&read_only(&story));
         self.metrics.read_only.set(1);
-        self.health.send_replace(Health { read_only: Some(story) });
+        self.health.send_replace(Health {
+            read_only: Some(story),
+            stopped: false,
+        });
     }
 
     /// Tries to write again.

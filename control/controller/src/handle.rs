@@ -290,7 +290,10 @@ impl Handle {
     /// Whether all is well.
     #[must_use]
     pub fn health(&self) -> Health {
-        self.0.health.borrow().clone()
+        let last = self.0.health.borrow().clone();
+        // A loop that panicked has not said so.
+        let stopped = self.0.inputs.is_closed();
+        Health { stopped, ..last }
     }
 
     /// `HOST:PORT` of the interface, as others reach it: what follows the `@` in `godwit agent --join TOKEN@HOST:PORT`.

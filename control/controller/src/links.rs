@@ -210,6 +210,8 @@ impl Links {
     /// Which of the hosts whose link is stored as up have had no session for [`LOST_AFTER`]. It covers every way in which a
     /// session can end, and the start of the process.
     pub(crate) fn lost(&mut self, up: &[HostId], now: Instant) -> Vec<HostId> {
+        // Nobody writes to the agent: it went before its session began, and no reader will tell.
+        self.sessions.retain(|_, session| !session.orders.is_closed());
         let mut lost = Vec::new();
         for host in up.iter().filter(|host| !self.sessions.contains_key(host)) {
             let since = *self.missing.entry(*host).or_insert(now);
@@ -283,8 +285,19 @@ mod tests {
         assert_eq!(links.lost(&[HOST], start + LOST_AFTER), [HOST]);
         let _ends = links.attach(HOST, session(1), RUN, Sequence(0));
         assert!(links.lost(&[HOST], start + LOST_AFTER).is_empty());
+        assert!(links.lost(&[HOST], start + LOST_AFTER * 2).is_empty());
         let now = start + LOST_AFTER * 2;
         links.gone(HOST, session(1), true, now);
         assert_eq!(links.lost(&[HOST], now), [HOST]);
+    }
+
+    #[test]
+    fn an_agent_that_goes_before_its_session_begins_is_lost_as_any_other() {
+        let mut links = Links::default();
+        let start = Instant::now();
+        drop(links.attach(HOST, session(1), RUN, Sequence(0)));
+        assert!(links.lost(&[HOST], start).is_empty());
+        assert_eq!(links.count(), 0);
+        assert_eq!(links.lost(&[HOST], start + LOST_AFTER), [HOST]);
     }
 }

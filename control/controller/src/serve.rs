@@ -6,6 +6,7 @@ use axum::{Router, extract::ConnectInfo};
 use hyper::{Request, body::Incoming, server::conn, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use model::HostId;
+use rustix::net::sockopt;
 use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -28,6 +29,18 @@ const HEADERS_BYTES_MAX: u32 = 32 << 10;
 
 /// An HTTP/2 connection is asked for a sign of life after this much silence, and closed after that much more.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
+/// A peer that says nothing for so long is asked by TCP whether it is there: an upgraded connection has no other sign of life.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// Between two such questions.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+
+/// Questions without an answer after which the connection is closed.
+const ASK_MAX: u32 = 3;
+
+/// How long what was sent may stay unacknowledged.
+const UNHEARD_MAX: Duration = Duration::from_secs(60);
 
 /// Requests at a time on an HTTP/2 connection.
 const STREAMS_MAX: u32 = 128;
@@ -95,7 +108,10 @@ struct Connection {
 
 impl Connection {
     async fn accept(stream: TcpStream, peer: SocketAddr, tls: &Arc<ServerConfig>, hosts_only: bool) -> Option<Self> {
-        let _ = stream.set_nodelay(true);
+        if let Err(error) = notice_loss(&stream) {
+            tracing::debug!(%peer, %error, "a connection could not be set up");
+            return None;
+        }
         let stream = identity::tls::accept(tls, stream, HANDSHAKE_MAX)
             .await
             .inspect_err(|error| tracing::debug!(%peer, error = ?error, "handshake failed"))
@@ -153,6 +169,17 @@ impl Connection {
     }
 }
 
+/// A peer that vanishes without a word, as a laptop that is switched off, is noticed within a minute.
+fn notice_loss(stream: &TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, ASK_EVERY)?;
+    sockopt::set_tcp_keepcnt(stream, ASK_MAX)?;
+    let unheard = u32::try_from(UNHEARD_MAX.as_millis()).unwrap_or(u32::MAX);
+    Ok(sockopt::set_tcp_user_timeout(stream, unheard)?)
+}
+
 /// What a connection is watched for while it runs.
 struct Run {
     first_request: watch::Receiver<bool>,
@@ -193,5 +220,23 @@ impl Run {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_vanishes_without_a_word_is_noticed_within_a_minute() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        notice_loss(&stream).unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let asked = sockopt::tcp_keepintvl(&stream).unwrap() * sockopt::tcp_keepcnt(&stream).unwrap();
+        let idle = sockopt::tcp_keepidle(&stream).unwrap() + asked;
+        assert!(idle <= Duration::from_secs(60), "{idle:?}");
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 60_000);
     }
 }

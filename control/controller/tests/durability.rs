@@ -151,6 +151,7 @@ async fn a_deposed_controller_answers_nothing_but_that_and_ends() {
     assert_eq!(refusal.code, Code::Overloaded);
     assert_eq!(cell.controller().ended().await, Ended::Deposed);
     assert!(matches!(session.next().await, Some(Down::Close { .. })));
+    assert!(cell.handle.health().stopped);
     assert!(
         submit(&cell.handle, &admin, set_schedulable(&host, true))
             .await

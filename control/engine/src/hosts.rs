@@ -262,17 +262,24 @@ fn is_used(world: &crate::World, pool: PoolId) -> bool {
             .any(|row| crate::placement::ready_pools(&row.state).contains(&pool))
 }
 
-/// All VMs that an agent knows. What it says of each goes the way of a report; what it does not mention is looked at too.
-pub(crate) fn inventory(txn: &mut Txn<'_>, host: HostId, seen: &[VmObserved]) {
+/// All VMs that an agent knows, of those above the first bound and up to the second. What it says of each goes the way of a report; what
+/// it does not mention is looked at too.
+pub(crate) fn inventory(
+    txn: &mut Txn<'_>,
+    host: HostId,
+    seen: &[VmObserved],
+    (after, up_to): (Option<VmId>, Option<VmId>),
+) {
     for observed in seen {
         reports::observed(txn, host, observed);
     }
+    let covered = |vm: VmId| after.is_none_or(|after| vm > after) && up_to.is_none_or(|up_to| vm <= up_to);
     let mentioned: BTreeSet<VmId> = seen.iter().map(|observed| observed.vm).collect();
     let silent: Vec<VmId> = txn
         .world()
         .index
         .vms_on(host)
-        .filter(|vm| !mentioned.contains(vm))
+        .filter(|vm| covered(*vm) && !mentioned.contains(vm))
         .collect();
     for vm in silent {
         reports::not_mentioned(txn, host, vm);

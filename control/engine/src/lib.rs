@@ -63,7 +63,8 @@ pub fn step(world: &mut World, event: Event, now: Timestamp) -> Vec<Effect> {
         Event::Report(host, _) if txn.world().host(host).is_none() => {}
         Event::Report(host, report) => match *report {
             Report::Facts(facts) => hosts::facts(&mut txn, host, &facts),
-            Report::Inventory { vms } => hosts::inventory(&mut txn, host, &vms),
+            Report::Inventory { vms } => hosts::inventory(&mut txn, host, &vms, (None, None)),
+            Report::InventoryPart { vms, after, up_to } => hosts::inventory(&mut txn, host, &vms, (after, up_to)),
             Report::Vm(report) => reports::vm(&mut txn, host, &report),
             Report::Template(report) => templates::report(&mut txn, host, &report),
             Report::Progress { operation, progress } => reports::progress(&mut txn, host, operation, progress),

@@ -125,6 +125,8 @@ pub(crate) fn kill(txn: &mut Txn<'_>, request: &Request, reference: &Reference) 
     }
     match vm.status.state {
         VmState::Provisioning | VmState::Active | VmState::Paused => {}
+        // Nobody has said how its move ended. Its source ends it where it has not given it up, and refuses where it has.
+        VmState::Migrating => {}
         VmState::Inactive => return already(txn, request, vm.id, OperationKind::KillVm),
         VmState::Failed if vm.status.moving.is_none() => return already(txn, request, vm.id, OperationKind::KillVm),
         _ => {

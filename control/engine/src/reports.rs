@@ -466,6 +466,9 @@ fn removed(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing) {
 
 /// An order could not be done.
 fn refused(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, reason: &Refusal) {
+    if said.operation == Some(OperationId(Uuid::nil())) {
+        return stranded::refused(txn, said.host, said.vm, reason);
+    }
     let Some(held) = txn.holding(said.vm).filter(|held| said.operation == Some(held.id)) else {
         return;
     };

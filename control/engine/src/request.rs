@@ -102,7 +102,30 @@ pub fn replayed(
     }
 }
 
+/// Whether a command is about a thing whose revision people can read.
+const fn has_revision(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::StartVm(_)
+            | Command::StopVm { .. }
+            | Command::KillVm(_)
+            | Command::RebootVm(_)
+            | Command::PauseVm(_)
+            | Command::ResumeVm(_)
+            | Command::DeleteVm(_)
+            | Command::MigrateVm { .. }
+    )
+}
+
 fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
+    if request.expect.is_some() && !has_revision(&request.command) {
+        let message = "what is asked for has no revision that could be compared";
+        return Err(refuse(
+            Code::InvalidInput,
+            message,
+            "leave If-Match out: only VMs have an ETag",
+        ));
+    }
     match &request.command {
         Command::CreateVm(wanted) => create::vm(txn, request, wanted),
         Command::StartVm(vm) => lifecycle::start(txn, request, vm),

@@ -11,12 +11,17 @@
 //! order. A word that was resent might be older than a `Void` that gave the source its VM back.
 
 use model::{
-    Message, OperationId, Order, Revision, Terms, VmId, VmState,
+    HostId, Message, Millis, OperationId, Order, Refusal, Revision, Terms, VmId, VmState,
     order::{Relay, Subject, Verb, VmOrder},
 };
 use uuid::Uuid;
 
-use crate::{moves, reconcile, txn::Txn};
+use crate::{lifecycle, moves, reconcile, txn::Txn};
+
+/// How long a host is left alone that refused to clear away for the first time; then twice as long each time.
+const AGAIN: Millis = Millis::seconds(2);
+/// The longest such pause.
+const AGAIN_MAX: Millis = Millis::seconds(60);
 
 /// The terms of a VM whose source may wait for ever: the destination cannot tell, and nothing of the VM runs there.
 fn terms(txn: &Txn<'_>, vm: VmId) -> Option<Terms> {
@@ -45,8 +50,30 @@ pub(crate) fn begin(txn: &mut Txn<'_>, vm: VmId) {
     }
 }
 
+/// A host refused to clear away what it has of a VM: asked again, ever more seldom, and people are told.
+pub(crate) fn refused(txn: &mut Txn<'_>, host: HostId, vm: VmId, reason: &Refusal) {
+    let times = txn.transient().refusals.get(&vm).map_or(0, |(times, _)| *times);
+    let pause = Millis((AGAIN.0 << times.min(10)).min(AGAIN_MAX.0));
+    let until = txn.now.after(pause);
+    txn.transient().refusals.insert(vm, (times.saturating_add(1), until));
+    let host = lifecycle::host_name(txn.world(), host);
+    let message = &reason.message;
+    let text = format!("{host} refuses to clear away what it has of it, and is asked again after {pause}: {message}");
+    txn.edit_vm(vm, |vm| vm.status.reason = Some(text));
+}
+
+/// Whether its source is left alone for now.
+fn is_left_alone(txn: &mut Txn<'_>, vm: VmId) -> bool {
+    let now = txn.now;
+    let refusals = &txn.transient().refusals;
+    refusals.get(&vm).is_some_and(|(_, until)| now < *until)
+}
+
 /// The source says that it has released the VM.
 pub(crate) fn released(txn: &mut Txn<'_>, vm: VmId, seen: Revision) {
+    if is_left_alone(txn, vm) {
+        return;
+    }
     let newest = txn.world().vm(vm).is_some_and(|vm| seen >= vm.status.ordered);
     match terms(txn, vm) {
         Some(terms) if is_removing(txn, vm, &terms) => {}
@@ -59,6 +86,7 @@ pub(crate) fn released(txn: &mut Txn<'_>, vm: VmId, seen: Revision) {
 /// The source says to the destination that it has released the VM: answered for a destination that may have forgotten.
 pub(crate) fn heard(txn: &mut Txn<'_>, vm: VmId) {
     match terms(txn, vm) {
+        Some(_) if is_left_alone(txn, vm) => {}
         Some(terms) if is_removing(txn, vm, &terms) => {}
         Some(_) => moves::cancel_at_source(txn, vm),
         None => say_run(txn, vm),
@@ -95,7 +123,7 @@ fn is_removing(txn: &Txn<'_>, vm: VmId, terms: &Terms) -> bool {
 
 /// Orders a host to clear away what it has of a VM, under a generation that is above every one that was ever given. Its disks are
 /// not touched.
-pub(crate) fn remove_above(txn: &mut Txn<'_>, host: model::HostId, vm: VmId) {
+pub(crate) fn remove_above(txn: &mut Txn<'_>, host: HostId, vm: VmId) {
     let Some(status) = txn.world().vm(vm).map(|vm| &vm.status) else {
         return;
     };
@@ -122,6 +150,7 @@ pub(crate) fn remove_above(txn: &mut Txn<'_>, host: model::HostId, vm: VmId) {
 /// Nothing is left on the source either: the VM may start anew.
 pub(crate) fn removed(txn: &mut Txn<'_>, vm: VmId) {
     let Some(terms) = terms(txn, vm) else { return };
+    txn.transient().refusals.remove(&vm);
     txn.edit_vm(vm, |vm| {
         vm.status.state = VmState::Failed;
         vm.status.reason = Some("its memory was lost in a move; start it anew".to_owned());

@@ -50,6 +50,12 @@ pub(crate) fn create(txn: &mut Txn<'_>, request: &Request, name: &Name, content:
             "let a host join: `godwit host add-token`",
         )
     })?;
+    if let Some(dropper) = dropping_from(world, pool) {
+        let by = lifecycle::host_name(world, dropper);
+        let message = format!("template {name} cannot be imported yet: {by} still removes blobs from its pool");
+        let hint = format!("wait until {by} has; remove that host if it is gone for good");
+        return Err(refuse(Code::Busy, message, hint));
+    }
     if request.dry_run {
         return Ok(Outcome::Done);
     }
@@ -206,9 +212,10 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
 /// The host that drops the blobs, and the pool; `None` when none are anywhere.
 fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)>, Box<Refusal>> {
     let pools = match &template.state {
-        TemplateState::Ready { pools } => pools,
-        // What a failed import or deletion may have left is where imports go.
-        TemplateState::Failed { .. } => return Ok(importer(world)),
+        TemplateState::Ready { pools } => pools.as_slice(),
+        TemplateState::Failed { pool: Some(pool), .. } => std::slice::from_ref(pool),
+        // An older build did not say; imports go where this is.
+        TemplateState::Failed { pool: None, .. } => return Ok(importer(world)),
         _ => return Ok(None),
     };
     let Some(pool) = pools.first().and_then(|id| world.pools.get(id)) else {
@@ -240,6 +247,22 @@ fn imported_into(world: &World, pool: PoolId) -> Option<String> {
     };
     let mut here = importing.filter(|row| fetched(row.id));
     here.next().map(|row| row.name.to_string())
+}
+
+/// The host that has yet to say that it dropped blobs from a pool, if any. What comes in meanwhile might be among them, and would be
+/// taken for there.
+fn dropping_from(world: &World, pool: PoolId) -> Option<HostId> {
+    let from_there = |order: &Order| {
+        matches!(order, Order::Template(order)
+            if order.pool == pool && matches!(order.verb, TemplateVerb::Drop { .. }))
+    };
+    let hosts = world.pools.get(&pool).into_iter().flat_map(|pool| &pool.hosts);
+    hosts.copied().find(|host| {
+        let first = Subject::Template(TemplateId(crate::world::uuid_min()));
+        let rows = world.outbox.range((*host, first)..);
+        let mut rows = rows.take_while(|((of, _), _)| of == host);
+        rows.any(|(_, row)| from_there(&row.order))
+    })
 }
 
 /// Those of a template's blobs that no other template has.
@@ -300,7 +323,7 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
             txn.delete(Key::Template(id));
             txn.finish(order.operation, OperationState::Succeeded);
         }
-        (_, Some(reason)) => failed(txn, id, order.operation, reason.clone()),
+        (_, Some(reason)) => failed(txn, id, order.operation, Some(order.pool), reason.clone()),
     }
 }
 
@@ -334,8 +357,12 @@ fn late(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
     }
 }
 
-fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, reason: Refusal) {
-    let state = TemplateState::Failed { reason: reason.clone() };
+/// `pool` may hold some of its blobs.
+fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, pool: Option<PoolId>, reason: Refusal) {
+    let state = TemplateState::Failed {
+        reason: reason.clone(),
+        pool,
+    };
     txn.edit_template(id, |template| template.state = state);
     txn.notice_template(id, "template.failed", reason.message.clone());
     txn.fail(operation, reason);
@@ -351,6 +378,7 @@ pub(crate) fn expire(txn: &mut Txn<'_>, operation: &Operation) {
         .copied()
         .find(|host| waiting(world, *host, id).is_some_and(|order| order.operation == operation.id));
     let by = host.map_or_else(|| "its host".to_owned(), |host| lifecycle::host_name(world, host));
+    let pool = host.and_then(|host| waiting(world, host, id)).map(|order| order.pool);
     if let Some(host) = host {
         txn.delete(Key::Outbox(host, Subject::Template(id)));
     }
@@ -363,7 +391,8 @@ pub(crate) fn expire(txn: &mut Txn<'_>, operation: &Operation) {
         "look at that host; `godwit template delete {}`, then import it again",
         operation.target.name
     );
-    failed(txn, id, operation.id, Refusal::new(Code::TimedOut, message).hint(hint));
+    let reason = Refusal::new(Code::TimedOut, message).hint(hint);
+    failed(txn, id, operation.id, pool, reason);
 }
 
 /// Names of the templates about which a host has an order.

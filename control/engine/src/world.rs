@@ -51,6 +51,8 @@ pub(crate) struct Transient {
     pub(crate) cursor: Option<VmId>,
     /// When each host was last complained about: a flood of bad reports must not push out other notices.
     pub(crate) complained: BTreeMap<HostId, Timestamp>,
+    /// Of which VMs a host refused to clear away what it has: how often in a row, and when it is asked again.
+    pub(crate) refusals: BTreeMap<VmId, (u32, Timestamp)>,
 }
 
 /// Rows that are no world.

@@ -411,3 +411,129 @@ fn nothing_is_dropped_from_a_pool_into_which_a_template_is_imported() {
     assert!(cell.world.template(first.template).is_none());
     assert_eq!(cell.world.outbox(host).count(), 0);
 }
+
+#[test]
+fn a_part_of_an_inventory_says_nothing_of_what_it_does_not_cover() {
+    let mut cell = Cell::of(1);
+    let at = cell.running("web1");
+    let vm = cell.vm("web1").id;
+    let part = |after, up_to| Report::InventoryPart {
+        vms: vec![],
+        after,
+        up_to,
+    };
+    let (below, above) = (
+        VmId(Uuid::from_u128(vm.0.as_u128() - 1)),
+        VmId(Uuid::from_u128(vm.0.as_u128() + 1)),
+    );
+    for (after, up_to) in [(None, Some(below)), (Some(vm), Some(above)), (Some(above), None)] {
+        cell.report(at, part(after, up_to));
+        assert_eq!(cell.vm("web1").status.state, VmState::Active);
+    }
+    cell.report(at, part(Some(below), Some(vm)));
+    assert_eq!(cell.vm("web1").status.state, VmState::Failed);
+}
+
+#[test]
+fn a_failed_template_is_cleared_away_where_it_failed() {
+    let mut cell = Cell::of(1);
+    let (host, fetch) = import(&mut cell, "bad", 9);
+    let reason = Refusal::new(Code::InvalidInput, "the disk names a backing file");
+    imported(&mut cell, host, &fetch, Some(reason));
+    // A wider pool comes: imports go there from now on.
+    let wider = model::PoolId(Uuid::from_u128(1));
+    for n in 2..=3 {
+        cell.join(n);
+        cell.event(model::Event::Connected(cell::host(n)));
+        let facts = facts(cell::boot(n), &[(wider, "wider")]);
+        cell.report(cell::host(n), Report::Facts(Box::new(facts)));
+    }
+    let (_, elsewhere) = import(&mut cell, "good", 10);
+    assert_eq!(elsewhere.pool, wider);
+    cell.ask(Command::DeleteTemplate(by_name("bad"))).unwrap();
+    let (to, order) = template_order(&cell);
+    assert_eq!((to, order.pool), (host, fetch.pool));
+}
+
+#[test]
+fn nothing_is_imported_into_a_pool_from_which_blobs_are_being_dropped() {
+    let mut cell = Cell::of(1);
+    let (host, first) = import(&mut cell, "first", 8);
+    imported(&mut cell, host, &first, None);
+    cell.ask(Command::DeleteTemplate(by_name("first"))).unwrap();
+    let (_, drop) = template_order(&cell);
+    let mut content = content();
+    content.disk.as_mut().unwrap().blob.digest = Digest([8; 32]);
+    let name: model::Name = "second".parse().unwrap();
+    let create = Command::CreateTemplate { name, content };
+    assert_eq!(cell.ask(create.clone()).unwrap_err().code, Code::Busy);
+    dropped(&mut cell, host, &drop);
+    cell.ask(create).unwrap();
+}
+
+#[test]
+fn a_vm_whose_move_has_no_known_end_is_ended_where_it_was_unless_that_host_has_given_it_up() {
+    for gave_up in [false, true] {
+        let mut cell = Cell::of(2);
+        let source = cell.running("web1");
+        let vm = by_name("web1");
+        cell.ask(Command::MigrateVm { vm, to: None }).unwrap();
+        let (destination, receive) = cell.last_order();
+        cell.answer(destination, &receive, Happening::Receiving { tunnel_port: 9 });
+        let (_, send) = cell.last_order();
+        cell.answer(source, &send, Happening::Copying);
+        let kill = Command::KillVm(by_name("web1"));
+        assert_eq!(cell.ask(kill.clone()).unwrap_err().code, Code::Busy, "it is being moved");
+        // Its process answers nothing: the move ends without a word.
+        cell.tick(4000);
+        assert_eq!(cell.vm("web1").status.state, VmState::Migrating);
+        let operation = cell.operate(kill);
+        let (to, order) = cell.last_order();
+        assert_eq!((to, &order.verb, order.generation), (source, &Verb::Kill, send.generation));
+        if gave_up {
+            let reason = Refusal::new(Code::Busy, "it is being moved");
+            cell.answer(source, &order, Happening::Refused { reason });
+            assert_eq!(cell.vm("web1").status.state, VmState::Migrating);
+            continue;
+        }
+        let cause = OffCause::Ordered;
+        cell.answer(source, &order, Happening::Off { cause });
+        assert_eq!(cell.vm("web1").status.state, VmState::Inactive);
+        assert!(cell.world.operation(operation.id).unwrap().state.is_over());
+        // The container at the destination may still be there.
+        cell.ask(Command::StartVm(by_name("web1"))).unwrap_err();
+        let reason = "the stream broke".to_owned();
+        cell.answer(destination, &receive, Happening::Voided { reason });
+        assert_eq!(cell.vm("web1").status.moving, None);
+        cell.ask(Command::StartVm(by_name("web1"))).unwrap();
+    }
+}
+
+#[test]
+fn a_host_that_refuses_to_clear_away_is_asked_ever_more_seldom_and_people_are_told() {
+    let mut cell = Cell::of(2);
+    let (source, destination, receive, send) = released(&mut cell);
+    forgets(&mut cell, destination, &receive);
+    let mut asked = vec![];
+    for second in 0..300 {
+        let mut told = std::collections::VecDeque::from(says_release(&mut cell, &send, source, destination));
+        while let Some((_, order)) = told.pop_front() {
+            let Order::Vm(order) = order else { continue };
+            let before = cell.sent.len();
+            match order.verb {
+                Verb::Remove { .. } => {
+                    asked.push(second);
+                    let reason = Refusal::new(Code::Busy, "its disk is stuck");
+                    cell.answer(source, &order, Happening::Refused { reason });
+                }
+                _ => cell.answer(source, &order, Happening::TooLate),
+            }
+            told.extend(cell.sent.split_off(before));
+        }
+        cell.tick(1);
+    }
+    assert!((3..=12).contains(&asked.len()), "{asked:?}");
+    assert!(asked.windows(2).skip(6).all(|pair| pair[1] - pair[0] >= 59), "{asked:?}");
+    let reason = cell.vm("web1").status.reason.unwrap();
+    assert!(reason.contains("its disk is stuck") && reason.contains("60.0 s"), "{reason}");
+}

@@ -256,7 +256,10 @@ impl Run {
                 return true;
             }
             let moving = matches!(known.part, Part::Source(..) | Part::Waits(_));
-            if order.generation < known.generation || moving && !matches!(order.verb, Verb::Cancel { .. }) {
+            // What was not released is the source's to end.
+            let ends = matches!(order.verb, Verb::Kill)
+                && matches!(&known.part, Part::Source(_, phase, _) if !matches!(phase, Phase::Released));
+            if order.generation < known.generation || moving && !ends && !matches!(order.verb, Verb::Cancel { .. }) {
                 self.refuse(at, order);
                 return true;
             }

@@ -139,4 +139,8 @@ pub struct PoolFacts {
     pub capacity_bytes: u64,
     /// Bytes free now.
     pub free_bytes: u64,
+    /// Since when its file system does not answer, by the host's clock; the figures are the last that were known, or 0. Absent while
+    /// it answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silent_since: Option<Timestamp>,
 }

@@ -246,6 +246,17 @@ pub enum Report {
         /// Each once.
         vms: Vec<VmObserved>,
     },
+    /// A part of them, where all together would be too long for one message. Parts may be lost: each says alone what it covers.
+    InventoryPart {
+        /// Those with an id above `after`, up to and with `up_to`, in order, each once.
+        vms: Vec<VmObserved>,
+        /// `None`: from the first on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<VmId>,
+        /// `None`: to the last.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        up_to: Option<VmId>,
+    },
     /// Something happened to a VM.
     Vm(Box<VmReport>),
     /// A template's blobs are there, gone, or refused.

@@ -91,6 +91,9 @@ pub enum TemplateState {
     Failed {
         /// Why.
         reason: Refusal,
+        /// The pool that may hold some of its blobs; absent where none was chosen, or by an older build.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pool: Option<PoolId>,
     },
     /// Being deleted.
     Deleting,

@@ -5,6 +5,7 @@ use axum::{
     extract::{Request, State},
     response::Response,
 };
+use controller::SubmitOptions;
 use model::{
     Actor, Command, Millis, Operation,
     name::Reference,
@@ -112,6 +113,7 @@ pub(crate) async fn remove(State(app): State<App>, Ref(host): Ref, asked: Asked<
 #[utoipa::path(post, path = "/v1/hosts/tokens", tag = "hosts", request_body = TokenRequest,
     responses((status = 200, body = TokenText), (status = "4XX", body = Problem)))]
 pub(crate) async fn add_token(State(app): State<App>, asked: Asked<TokenRequest>) -> Result<Json<TokenText>, Failure> {
+    plain(&asked.options)?;
     let ttl_s = asked.body.ttl_s;
     if ttl_s == 0 {
         return Err(Failure::input(
@@ -124,6 +126,22 @@ pub(crate) async fn add_token(State(app): State<App>, asked: Asked<TokenRequest>
         .add_join_token(asked.actor, Millis::seconds(u64::from(ttl_s)))
         .await?;
     Ok(Json(TokenText { token, ttl_s }))
+}
+
+/// Refuses what cannot be kept for a secret that is shown once: it is not stored, so it cannot be shown again, or be planned.
+fn plain(options: &SubmitOptions) -> Result<(), Failure> {
+    let given = [
+        (options.dry_run, "dry_run"),
+        (options.key.is_some(), "Idempotency-Key"),
+        (options.expect.is_some(), "If-Match"),
+    ];
+    match given.iter().find(|(given, _)| *given) {
+        None => Ok(()),
+        Some((_, word)) => Err(Failure::input(
+            format!("a join token is made and shown at once: {word} has no meaning here"),
+            "leave it out; a token that was lost expires unused",
+        )),
+    }
 }
 
 /// A new host joins. Its join token, in the body, is what it may show.

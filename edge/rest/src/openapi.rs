@@ -16,7 +16,7 @@ use crate::{App, blobs, events, hosts, inventory, operations, system, templates,
         title = "Godwit",
         description = "Provisions virtual machines on a pool of hosts and moves them while they run. Changes are asked for with \
             POST, PUT, PATCH and DELETE; slow ones are answered with an operation (202). A header Idempotency-Key makes a repeated \
-            request the same request; If-Match with an ETag refuses it when the thing has changed. Version 1 only grows: clients \
+            request the same request; If-Match with the ETag of a VM refuses it when the VM has changed. Version 1 only grows: clients \
             ignore fields and enum values that they do not know.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),

@@ -15,21 +15,21 @@ use crate::{App, extract::Read, failure::Failure, openapi::openapi_json};
 /// How the controller does.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct HealthView {
-    /// `ok`, or `read-only`: nothing can be stored now.
+    /// `ok`; `read-only`: nothing can be stored now; or `stopped`: nothing is answered before the controller starts anew.
     status: &'static str,
 }
 
-/// Whether all is well: 200, or 503 when nothing can be stored. Why is in the log and the metrics, not told to everybody.
+/// Whether all is well: 200, or 503 when nothing can be stored or answered. Why is in the log and the metrics, not told to everybody.
 #[utoipa::path(get, path = "/healthz", tag = "system", security(()),
     responses((status = 200, body = HealthView), (status = 503, body = HealthView)))]
 pub(crate) async fn health(State(app): State<App>) -> (StatusCode, Json<HealthView>) {
-    match app.handle.health().read_only {
-        None => (StatusCode::OK, Json(HealthView { status: "ok" })),
-        Some(_) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            Json(HealthView { status: "read-only" }),
-        ),
-    }
+    let health = app.handle.health();
+    let (code, status) = match (health.stopped, health.read_only) {
+        (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "stopped"),
+        (false, Some(_)) => (StatusCode::SERVICE_UNAVAILABLE, "read-only"),
+        (false, None) => (StatusCode::OK, "ok"),
+    };
+    (code, Json(HealthView { status }))
 }
 
 /// All figures, in the text format of OpenMetrics.

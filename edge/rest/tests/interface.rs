@@ -455,6 +455,63 @@ async fn blobs_are_taken_whole_under_their_digest_and_nothing_else_is() {
 }
 
 #[tokio::test]
+async fn a_join_token_is_not_made_by_a_request_that_asks_for_more_than_one_can_keep() {
+    let api = Api::start().await;
+    let post = |path: &str| {
+        let request = api.request("POST", path);
+        request.header(header::CONTENT_TYPE, "application/json")
+    };
+    let tokens = "/v1/hosts/tokens";
+    for (what, request) in [
+        ("a plan", post("/v1/hosts/tokens?dry_run=true")),
+        ("a key", post(tokens).header("idempotency-key", "once")),
+        ("a revision", post(tokens).header("if-match", "\"1\"")),
+    ] {
+        let request = request.body(Body::from("{}")).unwrap();
+        assert_eq!(api.refused(what, request, 400).await, "invalid-input");
+    }
+    assert_eq!(api.post(tokens, "{}").await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_revision_is_compared_or_refused_but_never_ignored() {
+    let api = Api::start().await;
+    for (method, path, body) in [
+        ("PATCH", "/v1/hosts/h1", "{\"schedulable\":false}"),
+        ("DELETE", "/v1/hosts/h1", ""),
+        ("DELETE", "/v1/templates/micro", ""),
+        ("POST", "/v1/operations/00000000-0000-0000-0000-000000000001/cancel", ""),
+    ] {
+        let request = api.request(method, path).header("if-match", "\"1\"");
+        let request = request.header(header::CONTENT_TYPE, "application/json");
+        let request = request.body(Body::from(body)).unwrap();
+        assert_eq!(api.refused(path, request, 400).await, "invalid-input");
+    }
+    let request = api.request("POST", "/v1/vms/web1/start").header("if-match", "\"1\"");
+    let request = request.body(Body::empty()).unwrap();
+    assert_eq!(api.refused("of a VM", request, 404).await, "not-found");
+}
+
+#[tokio::test]
+async fn a_controller_that_has_ended_is_not_healthy() {
+    let Api {
+        router,
+        token,
+        _controller: controller,
+        _state,
+    } = Api::start().await;
+    controller.stop().await;
+    let asked = Request::builder()
+        .uri("/healthz")
+        .header(header::HOST, "controller.example:7443")
+        .header(header::AUTHORIZATION, format!("Bearer {token}"));
+    let answer = router.oneshot(asked.body(Body::empty()).unwrap()).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(&body[..], b"{\"status\":\"stopped\"}");
+}
+
+#[tokio::test]
 async fn the_interface_tells_of_itself_and_of_an_empty_cell() {
     let api = Api::start().await;
     assert_eq!(api.get("/healthz").await, (StatusCode::OK, json!({ "status": "ok" })));

@@ -300,7 +300,7 @@ fn facts(view: View) -> String {
         ("created", units::show_time(view.created_at)),
     ];
     match &view.state {
-        TemplateState::Failed { reason } => {
+        TemplateState::Failed { reason, .. } => {
             lines.extend([("reason", reason.message.clone()), ("next", reason.hint.clone())]);
         }
         TemplateState::Ready { pools } => lines.push(("pools", pools.len().to_string())),

@@ -61,6 +61,7 @@ impl Up {
         };
         let home = state.join("controller");
         let (controller, handle) = controller::start(&flags, home.clone()).await?;
+        let own_api = controller.api_address();
         let (gateway, prefix) = flags.network.gateway_with_prefix();
         let config = self
             .host
@@ -69,8 +70,8 @@ impl Up {
         let work = async {
             if !config.has_joined() {
                 let address = Address {
-                    host: reached_at(controller.api_address()).to_string(),
-                    port: controller.api_address().port(),
+                    host: reached_at(own_api).to_string(),
+                    port: own_api.port(),
                 };
                 let target = token(&handle, &home, address).await?;
                 agent::join(&config, Some(&target), &name).await?;
@@ -84,14 +85,20 @@ impl Up {
             started.run().await;
             Ok(())
         };
-        tokio::select! {
-            ended = work => ended,
-            () = asked => {
-                // VMs and migrations go on.
-                controller.stop().await;
-                Ok(())
-            }
-        }
+        beside(controller, work, asked).await
+    }
+}
+
+/// Serves and works until it is told to stop, or either ends. VMs and migrations go on.
+async fn beside(
+    controller: ::controller::Controller,
+    work: impl Future<Output = Result<(), Failure>>,
+    asked: impl Future<Output = ()>,
+) -> Result<(), Failure> {
+    tokio::select! {
+        ended = work => ended,
+        // An agent beside a controller that is dead is of no use: whoever supervises this process starts both anew.
+        ended = controller::serve_until(controller, asked) => ended,
     }
 }
 
@@ -138,4 +145,79 @@ async fn token(handle: &Handle, home: &Path, address: Address) -> Result<JoinTar
         .parse()
         .map_err(|error: identity::JoinTokenError| Failure::of(Exit::Failed, &error))?;
     Ok(JoinTarget { token, address })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::pending, sync::Arc};
+
+    use ::controller::{Config, Controller, DefaultNetwork, Memory, Storage, StorageError, Stored, Waited};
+    use model::{
+        Change, Operation, OperationId, ProjectId,
+        change::Answer,
+        query::{Listing, Page},
+    };
+
+    use super::*;
+
+    /// A store of a cell that another controller leads since its first start.
+    struct Deposed(Memory);
+
+    impl Storage for Deposed {
+        fn load(&self) -> Waited<'_, Stored> {
+            self.0.load()
+        }
+
+        fn recover(&self) -> Waited<'_, Stored> {
+            self.0.recover()
+        }
+
+        fn commit(&self, changes: Vec<Change>) -> Waited<'_, ()> {
+            Box::pin(async move {
+                if !self.0.load().await?.rows.is_empty() {
+                    return Err(StorageError::Deposed);
+                }
+                self.0.commit(changes).await
+            })
+        }
+
+        fn answer(&self, project: ProjectId, key: String) -> Waited<'_, Option<Answer>> {
+            self.0.answer(project, key)
+        }
+
+        fn operation(&self, id: OperationId) -> Waited<'_, Option<Operation>> {
+            self.0.operation(id)
+        }
+
+        fn operations(&self, project: Option<ProjectId>, page: Page) -> Waited<'_, Listing<Operation>> {
+            self.0.operations(project, page)
+        }
+    }
+
+    #[tokio::test]
+    async fn up_does_not_outlive_its_controller() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config {
+            state: directory.path().to_owned(),
+            api_listen: "127.0.0.1:0".parse().unwrap(),
+            agents_listen: "127.0.0.1:0".parse().unwrap(),
+            names: vec!["127.0.0.1".to_owned()],
+            network: DefaultNetwork {
+                address: "10.91.0.0".parse().unwrap(),
+                prefix: 24,
+                gateway: None,
+                first: "10.91.0.10".parse().unwrap(),
+                last: "10.91.0.99".parse().unwrap(),
+            },
+        };
+        let storage = Arc::new(Deposed(Memory::default()));
+        let (controller, handle) = Controller::start_with(config, storage).await.unwrap();
+        let actor = administrator(&handle, directory.path()).unwrap();
+        let up = tokio::spawn(beside(controller, pending(), pending()));
+        let write = handle.add_join_token(actor, TOKEN_VALID).await;
+        assert!(write.is_err());
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(30), up).await;
+        let failure = ended.unwrap().unwrap().unwrap_err();
+        assert!(format!("{failure:?}").contains("ended by itself"), "{failure:?}");
+    }
 }

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// Hosts of the cluster.
 pub const HOSTS: u8 = 3;
+/// Names the QEMU of the hosts; without it, the one in PATH.
+const QEMU: &str = "GODWIT_E2E_QEMU";
 /// Memory of a VM of these tests, MiB: enough for the guest and its memory writer.
 pub const MEMORY: &str = "256M";
 /// A guest that does not answer after this did not start.
@@ -29,8 +31,9 @@ impl suite::Fixture for Shared {
     fn set_up() -> Result<Self> {
         let godwit = std::env::var_os("GODWIT_BIN").map(PathBuf::from);
         let godwit = godwit.context("GODWIT_BIN does not name the program; run `cargo xtask test --only e2e`")?;
+        let qemu = std::env::var_os(QEMU).map(PathBuf::from);
         let shared = Shared {
-            cluster: Cluster::started(&godwit, HOSTS, None)?,
+            cluster: Cluster::started(&godwit, HOSTS, qemu.as_deref())?,
         };
         match shared.build_template(&godwit) {
             Ok(()) => Ok(shared),

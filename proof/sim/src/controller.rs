@@ -368,6 +368,7 @@ impl Sim {
                 name: "shared".parse().expect("`shared` is a name"),
                 capacity_bytes: 1 << 40,
                 free_bytes: 1 << 39,
+                silent_since: None,
             }],
             agent_version: "0.1.0".to_owned(),
         }

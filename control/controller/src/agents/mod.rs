@@ -2,7 +2,13 @@
 
 mod session;
 
-use std::{io, sync::Arc, time::Instant};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Instant,
+};
 
 use axum::{
     Json, Router,
@@ -16,13 +22,20 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
 use model::{Digest, HostId, Refusal, refusal::Code};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
     sync::mpsc,
 };
 use uuid::Uuid;
 use wire::{Problem, RenewRequest, RenewResponse, join::BODY_BYTES_MAX, session as paths};
 
-use crate::{blobs::Blobs, committed::Committed, consoles::Consoles, core::Input, handle::Shared, joining::Authority};
+use crate::{
+    blobs::Blobs,
+    committed::Committed,
+    consoles::{AgentsEnd, Consoles, Place},
+    core::Input,
+    handle::Shared,
+    joining::Authority,
+};
 
 /// Bytes of a piece of a blob or console.
 const PIECE_BYTES: usize = 64 << 10;
@@ -120,7 +133,7 @@ async fn blob(
 /// What can be read, piece by piece, as it is asked for.
 fn pieces<R>(reader: R) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static
 where
-    R: tokio::io::AsyncRead + Unpin + Send + 'static,
+    R: AsyncRead + Unpin + Send + 'static,
 {
     stream::try_unfold(reader, |mut reader| async move {
         let mut piece = bytes::BytesMut::with_capacity(PIECE_BYTES);
@@ -142,17 +155,34 @@ async fn console(
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     let opened = agents.consoles.open(id, host, ticket, Instant::now());
-    let Some(pipe) = opened else {
+    let Some(AgentsEnd { pipe, place }) = opened else {
         let message = "no console waits for this ticket: it is wrong, used or older than 30 s";
         return Err(Refused(Refusal::new(Code::Forbidden, message)));
     };
     let (typed, printed): (ReadHalf<DuplexStream>, WriteHalf<DuplexStream>) = tokio::io::split(pipe);
-    tokio::spawn(print(body.into_data_stream(), printed));
-    Ok(Body::from_stream(pieces(typed)).into_response())
+    let place = Arc::new(place);
+    tokio::spawn(print(body.into_data_stream(), printed, place.clone()));
+    let typed = pieces(Keeping {
+        reader: typed,
+        _with: place,
+    });
+    Ok(Body::from_stream(typed).into_response())
+}
+
+/// A reader, and what is kept as long as it is read.
+struct Keeping<R, T> {
+    reader: R,
+    _with: T,
+}
+
+impl<R: AsyncRead + Unpin, T: Unpin> AsyncRead for Keeping<R, T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.reader).poll_read(cx, to)
+    }
 }
 
 /// What the guest prints, to the person; until either goes.
-async fn print(mut body: BodyDataStream, mut printed: WriteHalf<DuplexStream>) {
+async fn print(mut body: BodyDataStream, mut printed: WriteHalf<DuplexStream>, _place: Arc<Place>) {
     while let Some(Ok(piece)) = body.next().await {
         if printed.write_all(&piece).await.is_err() {
             return;

@@ -465,6 +465,7 @@ pub(crate) fn facts(boot: u128, pool: u128) -> Report {
             name: "local".parse().unwrap(),
             capacity_bytes: 1 << 40,
             free_bytes: 1 << 40,
+            silent_since: None,
         }],
         agent_version: "test".into(),
     }))

@@ -81,6 +81,7 @@ pub(crate) fn facts(boot: BootId, pools: &[(PoolId, &str)]) -> HostFacts {
                 name: name(pool),
                 capacity_bytes: 1 << 40,
                 free_bytes: 1 << 39,
+                silent_since: None,
             })
             .collect(),
         agent_version: "0.1.0".to_owned(),
