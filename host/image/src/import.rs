@@ -125,7 +125,7 @@ impl Pool {
 }
 
 /// The last whole figure in `    (12.34/100%)\r`, as `qemu-img -p` prints it.
-fn percent(piece: &[u8]) -> Option<f64> {
+pub(crate) fn percent(piece: &[u8]) -> Option<f64> {
     let text = std::str::from_utf8(piece).ok()?;
     let (_, figure) = text.rsplit_once('(')?;
     let (figure, _) = figure.split_once("/100%)")?;

@@ -1,7 +1,8 @@
-//! Images, copy-on-write overlays and the micro template: everything a host does with files that guests boot from.
+//! Images, copy-on-write overlays, the micro and Debian templates: everything a host does with files that guests boot from.
 //!
 //! ```text
 //!   packages ─> micro::build ──> template directory (kernel, initrd, disk, manifest.json)
+//!            └> debian::build ─> template directory (disk, manifest.json)
 //!                                        │
 //!   a stranger's file ─> vet ─> import ──┴─> blobs/<sha256>   read-only, shared by all VMs
 //!                                                 │ backing
@@ -16,6 +17,7 @@
 //!   time and output; what is kept is a fresh conversion, so nothing of the original's structure survives.
 //! - A failure leaves no file behind. Programs run from argument vectors, with a deadline.
 
+pub mod debian;
 mod import;
 pub mod micro;
 mod pool;

@@ -3,7 +3,9 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -74,6 +76,8 @@ pub struct Run {
     deadline: Duration,
     limits: Option<Limits>,
     directory: Option<std::path::PathBuf>,
+    environment: Vec<(&'static str, OsString)>,
+    merged: bool,
 }
 
 impl Run {
@@ -85,6 +89,8 @@ impl Run {
             deadline,
             limits: None,
             directory: None,
+            environment: Vec::new(),
+            merged: false,
         }
     }
 
@@ -92,6 +98,13 @@ impl Run {
     #[must_use]
     pub fn arg(mut self, argument: impl Into<OsString>) -> Self {
         self.arguments.push(argument.into());
+        self
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
         self
     }
 
@@ -106,6 +119,20 @@ impl Run {
     #[must_use]
     pub fn directory(mut self, directory: &Path) -> Self {
         self.directory = Some(directory.into());
+        self
+    }
+
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name, value.into()));
+        self
+    }
+
+    /// Joins its standard error to its standard output, for a program that tells its progress there.
+    #[must_use]
+    pub fn merged(mut self) -> Self {
+        self.merged = true;
         self
     }
 
@@ -127,13 +154,13 @@ impl Run {
             program: program.clone(),
             source,
         };
-        let started = self.command().spawn();
-        let mut child = started.map_err(|source| RunError::Start {
+        let started = self.start();
+        let (mut child, pipe) = started.map_err(|source| RunError::Start {
             program: program.clone(),
             source,
         })?;
         let complaint = child.stderr.take().map(collect);
-        let followed = follow(&mut child, Instant::now() + self.deadline, seen);
+        let followed = follow(&child, pipe, Instant::now() + self.deadline, seen);
         if !matches!(followed, Ok(Some(_))) {
             // It may have ended by itself meanwhile: either way it is reaped.
             let _ = child.kill();
@@ -147,13 +174,28 @@ impl Run {
             });
         };
         if !status.success() {
+            let complaint = printable_end(if self.merged { &output } else { &complaint });
             return Err(RunError::Failed {
                 program,
                 status,
-                complaint: printable_end(&complaint),
+                complaint,
             });
         }
         Ok(output)
+    }
+
+    /// Starts it; what it says comes through the pipe.
+    fn start(&self) -> io::Result<(Child, Option<File>)> {
+        let mut command = self.command();
+        if !self.merged {
+            let mut child = command.spawn()?;
+            let pipe = child.stdout.take().map(|pipe| File::from(OwnedFd::from(pipe)));
+            return Ok((child, pipe));
+        }
+        let (reader, writer) = io::pipe()?;
+        command.stdout(writer.try_clone()?).stderr(writer);
+        // The command goes with this function, and with it our ends for writing: the pipe ends when the program does.
+        Ok((command.spawn()?, Some(File::from(OwnedFd::from(reader)))))
     }
 
     fn command(&self) -> Command {
@@ -172,6 +214,7 @@ impl Run {
             }
         };
         command.args(&self.arguments).env("LC_ALL", "C");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -195,9 +238,14 @@ fn collect(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<
 }
 
 /// Reads standard output until the child has ended; `None` when the deadline came first.
-fn follow(child: &mut Child, end: Instant, seen: &mut dyn FnMut(&[u8])) -> io::Result<Option<Vec<u8>>> {
+fn follow(
+    child: &Child,
+    mut pipe: Option<File>,
+    end: Instant,
+    seen: &mut dyn FnMut(&[u8]),
+) -> io::Result<Option<Vec<u8>>> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
-    let (mut pipe, mut output) = (child.stdout.take(), Vec::new());
+    let mut output = Vec::new();
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         let left = end.saturating_duration_since(Instant::now());
@@ -271,5 +319,17 @@ mod tests {
         assert!(shown.contains(" 7 7 "), "{shown}");
         let failed = Run::new("ls", Duration::from_secs(10)).arg("/does/not/exist").output();
         assert!(failed.unwrap_err().to_string().contains("/does/not/exist"));
+    }
+
+    #[test]
+    fn a_merged_complaint_is_seen_as_it_comes_and_told_in_the_end() {
+        let mut seen = Vec::new();
+        let failed = Run::new("ls", Duration::from_secs(10))
+            .arg("/does/not/exist")
+            .env("LC_ALL", "C.UTF-8")
+            .merged()
+            .output_seen(&mut |piece| seen.extend_from_slice(piece));
+        assert!(failed.unwrap_err().to_string().contains("/does/not/exist"));
+        assert!(String::from_utf8(seen).unwrap().contains("/does/not/exist"));
     }
 }

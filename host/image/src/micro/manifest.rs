@@ -253,7 +253,7 @@ pub(crate) fn put_in_place(scratch: &Path, directory: &Path) -> Result<(), Build
 }
 
 /// Size and SHA-256 of a file.
-fn digest(path: &Path) -> io::Result<(u64, Digest)> {
+pub(crate) fn digest(path: &Path) -> io::Result<(u64, Digest)> {
     let mut hash = Sha256::new();
     let bytes = io::copy(&mut File::open(path)?, &mut hash)?;
     Ok((bytes, Digest(hash.finalize().into())))

@@ -12,6 +12,7 @@ mod packages;
 #[path = "../../micro/stream.rs"]
 pub mod stream;
 
+pub(crate) use manifest::digest;
 pub use manifest::{Artifact, ManifestError, TemplateFiles};
 pub use packages::SourceError;
 
