@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     client::locate::Flags,
-    commands::{agent, completion, controller, events, host, network, op, pool, template, up, vm},
+    commands::{agent, completion, controller, doctor, events, host, network, op, pool, template, up, vm},
     exit::EXIT_CODES,
     out::Format,
 };
@@ -81,6 +81,8 @@ pub(crate) enum Command {
     /// Storage pools
     #[command(subcommand)]
     Pool(pool::Pool),
+    /// Say what this machine lacks, and how to mend it
+    Doctor(Box<doctor::Doctor>),
     /// Print the script that completes commands and names in a shell
     Completion(completion::Completion),
     /// How commands end
@@ -125,6 +127,8 @@ mod tests {
             "godwit op wait 0197b2a0-0000-7000-8000-000000000000 --timeout 5",
             "godwit events --follow --after 7",
             "godwit completion bash",
+            "godwit doctor",
+            "godwit doctor --for agent --for client --pool shared=/srv/a --uplink eth1 --mtu 9000 --port 1 --port 2 -o json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
         }
@@ -145,6 +149,10 @@ mod tests {
             "godwit controller --subnet 10.91.0.0",
             "godwit controller --range 10.91.0.9-10.91.0.1",
             "godwit op show not-an-id",
+            "godwit doctor --for king",
+            "godwit doctor --port 0",
+            "godwit doctor --pool /srv/a",
+            "godwit doctor --uplink ../x",
             "godwit frobnicate",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");

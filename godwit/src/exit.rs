@@ -20,6 +20,7 @@ Exit codes:
     4  there is no such thing
     5  a conflict: busy, wrong state, name taken, too late, changed meanwhile
     6  out of time
+    7  godwit doctor found problems
   130  interrupted; the operation goes on";
 
 /// How a command ends when not well.
@@ -37,6 +38,8 @@ pub(crate) enum Exit {
     Conflict = 5,
     /// Out of time.
     TimedOut = 6,
+    /// This machine lacks something (`godwit doctor`).
+    Unwell = 7,
     /// By the person at the keyboard.
     Interrupted = 130,
 }
@@ -114,6 +117,16 @@ impl Failure {
 
     pub(crate) fn exit(&self) -> Exit {
         self.exit
+    }
+
+    /// What failed, and why.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What to do next.
+    pub(crate) fn advice(&self) -> &str {
+        &self.hint
     }
 
     fn text(&self) -> String {
@@ -204,6 +217,7 @@ mod tests {
             Exit::NotFound,
             Exit::Conflict,
             Exit::TimedOut,
+            Exit::Unwell,
         ];
         for code in codes.into_iter().chain([Exit::Interrupted]) {
             let line = format!("{:>5}  ", code as u8);

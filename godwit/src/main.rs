@@ -4,6 +4,7 @@
 //! ```text
 //!   godwit up ─────────┬─▶ controller ◀── rest ◀── HTTPS ── client ◀── commands ◀── godwit vm, host, template, op, ...
 //!   godwit controller ─┘        ▲                                          └──▶ out: table, JSON, YAML, progress
+//!   godwit doctor ──▶ doctor: this machine
 //!   godwit agent ───────────────┘ ── starts ──▶ godwit tunnel (one for each end of a migration)
 //! ```
 //!
@@ -16,6 +17,7 @@
 mod cli;
 mod client;
 mod commands;
+mod doctor;
 mod exit;
 mod follow;
 mod out;

@@ -30,6 +30,16 @@ const ANSWER_MAX: Duration = Duration::from_secs(90);
 /// Items asked for at a time.
 const PAGE_ITEMS: usize = 500;
 
+/// What a server says of itself with an answer.
+pub(crate) struct Greeting {
+    /// Where it was asked.
+    pub(crate) address: String,
+    /// Its version.
+    pub(crate) version: Option<String>,
+    /// Its time, as in a `Date` header.
+    pub(crate) date: Option<String>,
+}
+
 /// A connection to a server. For one task: requests may overlap, threads may not.
 pub(crate) struct Client {
     server: Server,
@@ -48,6 +58,20 @@ impl Client {
     /// The server.
     pub(crate) fn server(&self) -> &Server {
         &self.server
+    }
+
+    /// Asks for as little as needs a token.
+    pub(crate) async fn greeting(&self) -> Result<Greeting, Failure> {
+        let request = self.request(Method::GET, "/v1/hosts?limit=1");
+        let response = self.send(request, full(Vec::new())).await?;
+        let said = |name| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        let greeting = Greeting {
+            address: self.server.address.to_string(),
+            version: said(rest::VERSION_HEADER),
+            date: said(header::DATE.as_str()),
+        };
+        self.value(response).await?;
+        Ok(greeting)
     }
 
     /// Reads.

@@ -26,6 +26,13 @@ pub(crate) struct PoolFlag {
     directory: PathBuf,
 }
 
+impl PoolFlag {
+    /// Its directory.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+}
+
 impl std::str::FromStr for PoolFlag {
     type Err = String;
 
@@ -215,7 +222,7 @@ pub(crate) async fn join(config: &AgentConfig, target: Option<&JoinTarget>, name
 pub(crate) async fn start(config: AgentConfig) -> Result<::agent::Agent, Failure> {
     ::agent::Agent::start(config)
         .await
-        .map_err(|error| Failure::of(Exit::Failed, &error))
+        .map_err(|error| Failure::of(Exit::Failed, &error).hint("godwit doctor --for agent says what this host lacks"))
 }
 
 /// Says that the agent runs.

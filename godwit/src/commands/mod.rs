@@ -3,6 +3,7 @@
 pub(crate) mod agent;
 pub(crate) mod completion;
 pub(crate) mod controller;
+pub(crate) mod doctor;
 pub(crate) mod events;
 pub(crate) mod host;
 pub(crate) mod network;
@@ -116,6 +117,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Events(events) => events.run(&session()?).await,
         Command::Network(network) => network.run(&session()?).await,
         Command::Pool(pool) => pool.run(&session()?).await,
+        Command::Doctor(doctor) => doctor.run(common).await,
         Command::Completion(completion) => completion.run(),
         Command::ExitCodes => out::line(EXIT_CODES),
     }
