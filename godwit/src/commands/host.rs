@@ -184,11 +184,21 @@ fn facts(view: HostView) -> String {
             ("agent", facts.agent_version.clone()),
         ]);
         lines.extend(facts.pools.iter().map(|pool| {
-            let room = format!(
+            let figures = format!(
                 "{} of {} free",
                 units::show_bytes(pool.free_bytes),
                 units::show_bytes(pool.capacity_bytes)
             );
+            let room = match pool.silent_since {
+                None => figures,
+                Some(since) if pool.capacity_bytes == 0 => {
+                    format!("unknown: not answering since {}", units::show_time(since))
+                }
+                Some(since) => format!(
+                    "{figures} when last seen; not answering since {}",
+                    units::show_time(since)
+                ),
+            };
             ("pool", format!("{}: {room}", pool.name))
         }));
     }

@@ -1,14 +1,23 @@
 //! What this host is and offers.
 
-use std::{fs, io, path::Path};
+use std::{convert::Infallible, fs, io, path::Path, sync::Arc, time::Duration};
 
 use model::{BootId, HostFacts, PoolId, host::Hypervisor, host::PoolFacts};
 use uuid::Uuid;
 
-use crate::shared::Shared;
+use crate::{
+    room::Figures,
+    shared::{NamedPool, Shared},
+};
 
 /// The token file by which hosts know that they see the same pool.
 const POOL_TOKEN: &str = ".godwit-pool";
+/// How long a pool may take to say how much room it has, before the last that was known is told.
+const ROOM_MAX: Duration = Duration::from_secs(2);
+/// Between two looks at the pools.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// So much of a pool must have been filled or freed to be told, one part of this many.
+const WORTH_TELLING: u64 = 100;
 
 /// This boot of the kernel.
 ///
@@ -45,8 +54,8 @@ pub(crate) fn pool_id(root: &Path) -> io::Result<PoolId> {
     text.trim().parse().map_err(io::Error::other)
 }
 
-/// What this host tells when it connects.
-pub(crate) fn facts(shared: &Shared, hypervisor: &Hypervisor) -> HostFacts {
+/// What this host tells when it connects. Takes at most [`ROOM_MAX`], however its pools are.
+pub(crate) async fn facts(shared: &Shared, hypervisor: &Hypervisor) -> HostFacts {
     HostFacts {
         boot: shared.boot,
         address: shared.config.address,
@@ -57,24 +66,67 @@ pub(crate) fn facts(shared: &Shared, hypervisor: &Hypervisor) -> HostFacts {
             0
         }),
         hypervisor: hypervisor.clone(),
-        pools: shared.pools.iter().map(|(id, pool)| pool_facts(*id, pool)).collect(),
+        pools: pools(shared).await,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
 
-fn pool_facts(id: PoolId, pool: &crate::shared::NamedPool) -> PoolFacts {
-    let (capacity_bytes, free_bytes) = match pool.pool.capacity() {
-        Ok(capacity) => (capacity.total_bytes, capacity.free_bytes),
-        Err(error) => {
-            tracing::warn!(pool = %pool.name, error = &error as &dyn std::error::Error, "the pool's room is not known");
-            (0, 0)
+/// Tells again whenever a pool falls silent or answers again, or its room has changed by much.
+pub(crate) async fn keep_telling(
+    shared: &Shared,
+    mut told: Vec<PoolFacts>,
+    tell: impl Fn(Vec<PoolFacts>) + Send,
+) -> Infallible {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let now = pools(shared).await;
+        if is_news(&told, &now) {
+            told.clone_from(&now);
+            tell(now);
         }
-    };
+    }
+}
+
+fn is_news(told: &[PoolFacts], now: &[PoolFacts]) -> bool {
+    told.len() != now.len()
+        || told.iter().zip(now).any(|(told, now)| {
+            let moved = told.free_bytes.abs_diff(now.free_bytes);
+            told.silent_since != now.silent_since
+                || told.capacity_bytes != now.capacity_bytes
+                || moved > now.capacity_bytes / WORTH_TELLING
+        })
+}
+
+/// All pools as they are now, looked at at once.
+async fn pools(shared: &Shared) -> Vec<PoolFacts> {
+    let looks = shared.pools.iter().map(|(id, pool)| async move {
+        let measured = Arc::clone(pool);
+        let figures = pool.room.look(move || measure(&measured), ROOM_MAX).await;
+        pool_facts(*id, pool, figures)
+    });
+    futures_util::future::join_all(looks).await
+}
+
+fn measure(pool: &NamedPool) -> Option<image::Capacity> {
+    let measured = pool.pool.capacity();
+    measured
+        .inspect_err(|error| {
+            tracing::warn!(pool = %pool.name, error = error as &dyn std::error::Error, "the pool's room is not known");
+        })
+        .ok()
+}
+
+fn pool_facts(id: PoolId, pool: &NamedPool, figures: Figures) -> PoolFacts {
+    if let Some(since) = figures.silent_since {
+        tracing::warn!(pool = %pool.name, since_ms = since.0, "the pool's file system does not answer");
+    }
+    let known = figures.capacity;
     PoolFacts {
         id,
         name: pool.name.clone(),
-        capacity_bytes,
-        free_bytes,
+        capacity_bytes: known.map_or(0, |known| known.total_bytes),
+        free_bytes: known.map_or(0, |known| known.free_bytes),
+        silent_since: figures.silent_since,
     }
 }
 
@@ -114,5 +166,24 @@ mod tests {
     fn this_machine_has_memory_and_a_boot() {
         assert!(memory_mib().unwrap() > 16);
         boot_id().unwrap();
+    }
+
+    #[test]
+    fn silence_and_much_room_are_news_and_little_room_is_not() {
+        let facts = |free_bytes, silent_since| {
+            vec![PoolFacts {
+                id: PoolId(Uuid::nil()),
+                name: "fast".parse().unwrap(),
+                capacity_bytes: 1000,
+                free_bytes,
+                silent_since,
+            }]
+        };
+        let since = Some(model::Timestamp(5));
+        assert!(!is_news(&facts(500, None), &facts(495, None)));
+        assert!(is_news(&facts(500, None), &facts(400, None)));
+        assert!(is_news(&facts(500, None), &facts(500, since)));
+        assert!(is_news(&facts(500, since), &facts(500, None)));
+        assert!(!is_news(&facts(500, since), &facts(500, since)));
     }
 }

@@ -22,6 +22,7 @@ mod join;
 mod journal;
 mod peers;
 mod reports;
+mod room;
 mod runner;
 mod session;
 mod shared;
@@ -204,6 +205,7 @@ fn open_pools(config: &AgentConfig) -> Result<BTreeMap<PoolId, Arc<NamedPool>>, 
             Arc::new(NamedPool {
                 name: name.clone(),
                 pool,
+                room: Arc::default(),
             }),
         );
     }

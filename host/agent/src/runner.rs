@@ -21,7 +21,7 @@ use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
 use image::{Base, VolumeRequest};
 use model::{
     Code, Definition, Message, Refusal, Report, VmId,
-    order::{Relay, Verb, VolumePlace},
+    order::{Relay, VolumePlace},
     template::Boot,
 };
 use network::Announcement;
@@ -86,6 +86,7 @@ pub(crate) fn start(
         timers: BTreeMap::new(),
         said: (None, 0),
         end_deaf: Arc::default(),
+        lost: false,
         gone: false,
     };
     tokio::spawn(runner.run(effects, queue));
@@ -104,13 +105,16 @@ struct Runner {
     timers: BTreeMap<Timer, Instant>,
     /// The last word and how often it was said.
     said: (Option<Message>, u32),
-    /// A process that is there but does not answer is to be ended: somebody ordered so.
+    /// A process that is there but does not answer is to be ended: the task says so.
     end_deaf: Arc<AtomicBool>,
+    /// The process was heard by this runner, and then no longer.
+    lost: bool,
     gone: bool,
 }
 
 impl Runner {
     async fn run(mut self, effects: Vec<Effect>, mut queue: mpsc::Receiver<Fed>) {
+        self.end_deaf.store(self.task.ends_deaf(), Ordering::Release);
         self.carry_out(effects).await;
         loop {
             let next = self
@@ -120,7 +124,8 @@ impl Runner {
                 .map(|(timer, at)| (*timer, *at));
             let input = tokio::select! {
                 biased;
-                Some(event) = next_of(&mut self.machine) => Fed::Input(Input::Driver(event)),
+                // Without a word of its death it may live: a guest must not run on with nobody to hear it.
+                event = next_of(&mut self.machine) => Fed::Input(event.map_or(Input::Lost, Input::Driver)),
                 Some(fed) = queue.recv() => fed,
                 () = until(next.map(|(_, at)| at)) => match next {
                     Some((timer, _)) => {
@@ -153,19 +158,21 @@ impl Runner {
             Fed::Started(Ok(machine)) => return self.got(machine),
             Fed::Started(Err(reason)) => Input::Driver(Happened::NotUp { reason }),
         };
-        if matches!(input, Input::Driver(Happened::Died { .. } | Happened::NotUp { .. })) {
-            self.machine = None;
-            *lock(&self.shown.serial) = None;
+        match input {
+            Input::Driver(Happened::Died { .. } | Happened::NotUp { .. }) => {
+                self.machine = None;
+                *lock(&self.shown.serial) = None;
+            }
+            Input::Lost => {
+                tracing::warn!(vm = %self.vm, "the VM's process is no longer heard; it is looked for again");
+                self.machine = None;
+                self.lost = true;
+            }
+            _ => {}
         }
         tracing::debug!(vm = %self.vm, ?input, "input");
-        if let Input::Order(order) = &input
-            && matches!(order.verb, Verb::Kill | Verb::Remove { .. })
-            && self.task.saved().role == Role::Holder
-        {
-            // The task takes the order up once it is known what became of the process; this makes it known.
-            self.end_deaf.store(true, Ordering::Release);
-        }
         let effects = self.task.step(input);
+        self.end_deaf.store(self.task.ends_deaf(), Ordering::Release);
         self.carry_out(effects).await;
         self.gone = self.task.is_gone();
     }
@@ -227,7 +234,12 @@ impl Runner {
     fn adopt(&self) {
         let (shared, back, vm) = (Arc::clone(&self.shared), self.back.clone(), self.vm);
         let end_deaf = Arc::clone(&self.end_deaf);
+        let lost = self.lost;
         tokio::spawn(async move {
+            if lost {
+                // One that is lost as soon as it is found must not keep the agent busy.
+                tokio::time::sleep(ADOPT_AGAIN).await;
+            }
             let found = adopt(&shared, vm, &end_deaf).await;
             let _ = back.send(Fed::Started(found)).await;
         });
@@ -323,7 +335,7 @@ impl Runner {
                 let peer = SocketAddr::new(to.address, to.peer_port);
                 self.shared.peers.ensure(&self.shared, terms.destination, peer);
                 let tunnel = SocketAddr::new(to.address, to.tunnel_port);
-                Tunnel::dial(config, &terms, tunnel, uid_of(self.vm), self.back.clone())
+                Tunnel::dial(config, &terms, tunnel, self.back.clone())
             }
             TunnelWish::Adopt => match &self.task.saved().role {
                 Role::Source { terms, .. } | Role::Destination { terms, .. } => {
@@ -399,8 +411,8 @@ async fn next_of(machine: &mut Option<qemu::Vm>) -> Option<Happened> {
     }
 }
 
-/// Finds a VM's process again. One that is there but does not answer is tried again and again, since its guest may run; until somebody
-/// orders its end.
+/// Finds a VM's process again. One that is there but does not answer is tried again and again, since its guest may run; until the task
+/// says that it is to end.
 async fn adopt(shared: &Shared, vm: VmId, end_deaf: &AtomicBool) -> Result<qemu::Vm, String> {
     let run_dir = shared.config.vm_run_dir(vm);
     loop {

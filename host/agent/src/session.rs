@@ -22,7 +22,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use identity::tls;
-use model::{Report, host::Hypervisor, id::Sequence};
+use model::{HostFacts, Report, host::Hypervisor, id::Sequence};
 use tokio::{
     net::TcpStream,
     sync::mpsc,
@@ -34,7 +34,7 @@ use wire::{
     session::{FRAME_BYTES_MAX, HEARTBEAT, LOST_AFTER, SESSION_PATH},
 };
 
-use crate::{console, facts, shared::Shared};
+use crate::{console, facts, reports, shared::Shared};
 
 /// A body of a request to the controller.
 pub(crate) type Body = BoxBody<Bytes, Infallible>;
@@ -139,15 +139,20 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
         "session"
     );
     shared.reports.acknowledge(accepted.received);
-    shared
-        .reports
-        .push(Report::Facts(Box::new(facts::facts(shared, hypervisor))));
-    shared.reports.push(Report::Inventory {
-        vms: shared.inventory(),
-    });
+    let facts = facts::facts(shared, hypervisor).await;
+    shared.reports.push(Report::Facts(Box::new(facts.clone())));
+    for part in reports::inventory(shared.inventory()) {
+        shared.reports.push(part);
+    }
     shared.set_link(Some(link));
     shared.set_progress(Some(up.clone()));
+    let told = facts.pools.clone();
+    let tell = |pools| {
+        let facts = HostFacts { pools, ..facts.clone() };
+        shared.reports.push(Report::Facts(Box::new(facts)));
+    };
     tokio::select! {
+        never = facts::keep_telling(shared, told, tell) => match never {},
         ended = say(shared, &up, accepted.received) => ended,
         ended = listen(shared, &up, &mut down) => ended,
     }
@@ -196,8 +201,8 @@ async fn say(shared: &Arc<Shared>, up: &mpsc::Sender<Bytes>, mut sent: Sequence)
     loop {
         tokio::select! {
             reports = shared.reports.after(sent, BATCH) => {
-                for (sequence, report) in reports {
-                    send(up, &Up::Report { sequence, report }).await?;
+                for (sequence, frame) in reports {
+                    up.send(frame).await.map_err(|_| SessionError::Ended)?;
                     sent = sequence;
                 }
             }

@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -26,6 +27,7 @@ use crate::{
     journal::{self, Journal, JournalError},
     peers::Peers,
     reports::Reports,
+    room::{Room, RoomError},
     runner::{self, Fed},
     session::Link,
     template,
@@ -39,6 +41,22 @@ pub(crate) struct NamedPool {
     /// As this host's configuration calls it.
     pub(crate) name: Name,
     pub(crate) pool: image::Pool,
+    pub(crate) room: Arc<Room>,
+}
+
+/// How long a pool's file system may take for a small thing.
+const POOL_ANSWERS_MAX: Duration = Duration::from_secs(30);
+
+impl NamedPool {
+    /// Does a small thing in the pool, off the runtime's own threads and in bounded time.
+    pub(crate) async fn run<T, F>(self: &Arc<Self>, work: F) -> Result<T, RoomError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&image::Pool) -> T + Send + 'static,
+    {
+        let pool = Arc::clone(self);
+        self.room.run(move || work(&pool.pool), POOL_ANSWERS_MAX).await
+    }
 }
 
 /// What all tasks of an agent share.
@@ -53,6 +71,7 @@ pub(crate) struct Shared {
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) reports: Reports,
     pub(crate) peers: Arc<Peers>,
+    pub(crate) templates: template::Running,
     identity: Mutex<Arc<NodeIdentity>>,
     journal: Mutex<Journal>,
     unsynced: Notify,
@@ -106,6 +125,7 @@ impl Shared {
             pools: parts.pools,
             reports: Reports::default(),
             peers: Arc::default(),
+            templates: template::Running::default(),
             identity: Mutex::new(Arc::new(parts.identity)),
             journal: Mutex::new(parts.journal),
             unsynced: Notify::new(),

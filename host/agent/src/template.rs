@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -10,7 +10,7 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, StatusCode};
 use image::{ImportError, ImportLimits};
 use model::{
-    Code, Digest, HostId, OperationId, PoolId, Refusal, Report, TemplateId,
+    Code, Digest, OperationId, PoolId, Refusal, Report, TemplateId,
     operation::Progress,
     order::{TemplateOrder, TemplateReport, TemplateVerb},
     storage::Format,
@@ -19,7 +19,7 @@ use model::{
 use tokio::sync::mpsc;
 use wire::session::BLOBS_PATH;
 
-use crate::shared::{NamedPool, Shared};
+use crate::shared::{NamedPool, Shared, lock};
 
 /// Pieces on their way from the network to the disk.
 const PIECES_WAITING_MAX: usize = 64;
@@ -34,23 +34,27 @@ const CONVERT_MAX: Duration = Duration::from_secs(1200);
 // The controller waits longer: a disk that comes after it gave up was converted for nothing.
 const _: () = assert!(CONVERT_MAX.as_millis() < IMPORT_MAX.0 as u128);
 
-/// The orders that are being carried out.
-static RUNNING: Mutex<BTreeSet<(HostId, TemplateId, OperationId)>> = Mutex::new(BTreeSet::new());
+/// Which order: the same one is carried out once at a time.
+type Which = (TemplateId, OperationId);
+
+/// The orders about templates that are being carried out.
+#[derive(Debug, Default)]
+pub(crate) struct Running(Mutex<BTreeSet<Which>>);
 
 /// An order that is being carried out: until this is dropped, the same one is not begun again.
-struct Run((HostId, TemplateId, OperationId));
+struct Run<'r>(&'r Running, Which);
 
-impl Run {
+impl Running {
     /// `None` while the same order runs.
-    fn begin(of: (HostId, TemplateId, OperationId)) -> Option<Self> {
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        running.insert(of).then(|| Self(of))
+    fn begin(&self, which: Which) -> Option<Run<'_>> {
+        // Lazily: a run that is made is taken out again when it is dropped.
+        lock(&self.0).insert(which).then(|| Run(self, which))
     }
 }
 
-impl Drop for Run {
+impl Drop for Run<'_> {
     fn drop(&mut self) {
-        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+        lock(&self.0.0).remove(&self.1);
     }
 }
 
@@ -64,12 +68,12 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
         verb,
         ..
     } = order;
-    let Some(_run) = Run::begin((shared.host(), template, operation)) else {
+    let Some(_run) = shared.templates.begin((template, operation)) else {
         return;
     };
     let result = match verb {
         TemplateVerb::Fetch { content } => fetch(shared, operation, pool, content).await.map(Some),
-        TemplateVerb::Drop { blobs } => drop_blobs(shared, pool, &blobs).map(|()| None),
+        TemplateVerb::Drop { blobs } => drop_blobs(shared, pool, blobs).await.map(|()| None),
     };
     let (refused, content) = match result {
         Ok(content) => (None, content),
@@ -104,8 +108,8 @@ async fn fetch(
     let taken = fetch_into(shared, operation, &into, content, &mut fetched).await;
     if taken.is_err() {
         for digest in fetched {
-            if let Err(error) = into.pool.delete_blob(digest) {
-                tracing::warn!(%digest, error = &error as &dyn std::error::Error, "a refused blob was not removed");
+            if let Err(why) = delete_blob(&into, digest).await {
+                tracing::warn!(%digest, why = why.message, "a refused blob was not removed");
             }
         }
     }
@@ -184,12 +188,9 @@ pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob
             format!("blob {} was not fetched into pool {}: {why}", blob.digest, pool.name),
         )
     };
-    if pool
-        .pool
-        .blob_size(blob.digest)
-        .map_err(|error| failed(chain(&error)))?
-        == Some(blob.size_bytes)
-    {
+    let there = pool.run(move |pool| pool.blob_size(blob.digest)).await;
+    let there = there.map_err(|error| failed(error.to_string()))?;
+    if there.map_err(|error| failed(chain(&error)))? == Some(blob.size_bytes) {
         return Ok(false);
     }
     let mut link = shared
@@ -256,14 +257,22 @@ impl std::io::Read for Pieces {
     }
 }
 
-fn drop_blobs(shared: &Shared, pool: PoolId, blobs: &[Digest]) -> Result<(), Refusal> {
+async fn drop_blobs(shared: &Shared, pool: PoolId, blobs: Vec<Digest>) -> Result<(), Refusal> {
     let from = named(shared, pool)?;
     for digest in blobs {
-        from.pool
-            .delete_blob(*digest)
-            .map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
+        delete_blob(&from, digest).await?;
     }
     Ok(())
+}
+
+async fn delete_blob(from: &Arc<NamedPool>, digest: Digest) -> Result<(), Refusal> {
+    let failed = |why: String| {
+        let text = format!("blob {digest} was not removed from pool {}: {why}", from.name);
+        Refusal::new(Code::HostFailed, text)
+    };
+    let deleted = from.run(move |pool| pool.delete_blob(digest)).await;
+    let deleted = deleted.map_err(|error| failed(error.to_string()))?;
+    deleted.map(drop).map_err(|error| failed(chain(&error)))
 }
 
 /// An error with its causes, each once.
@@ -282,19 +291,24 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
 
-    use model::{HostId, OperationId, TemplateId};
+    use model::{OperationId, TemplateId};
     use uuid::Uuid;
 
-    use super::Run;
+    use super::Running;
 
     #[test]
-    fn an_order_runs_once_at_a_time() {
+    fn an_order_runs_once_at_a_time_on_each_host() {
         let id = |n| Uuid::from_u128(n);
-        let of = (HostId(id(1)), TemplateId(id(2)), OperationId(id(3)));
-        let run = Run::begin(of).unwrap();
-        assert!(Run::begin(of).is_none());
-        assert!(Run::begin((of.0, of.1, OperationId(id(4)))).is_some());
+        let (here, there) = (Running::default(), Running::default());
+        let which = (TemplateId(id(2)), OperationId(id(3)));
+        let run = here.begin(which).unwrap();
+        assert!(here.begin(which).is_none());
+        assert!(
+            there.begin(which).is_some(),
+            "another agent in this process is another host"
+        );
+        assert!(here.begin((which.0, OperationId(id(4)))).is_some());
         drop(run);
-        assert!(Run::begin(of).is_some());
+        assert!(here.begin(which).is_some());
     }
 }

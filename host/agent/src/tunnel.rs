@@ -119,13 +119,9 @@ pub fn run(spec: &TunnelSpec) -> Result<(), TunnelError> {
     let identity = NodeIdentity::load(&spec.identity)?;
     let mut file = StatusFile::new(spec.status_path());
     let outcome = match &spec.side {
-        Side::Source {
-            listen,
-            owner,
-            peer_address,
-        } => {
+        Side::Source { listen, peer_address } => {
             let config = Arc::new(identity::tls::to_host(&identity, spec.peer)?);
-            let local = bind_local(listen, *owner)?;
+            let local = bind_local(listen)?;
             Source {
                 tunnel: &tunnel,
                 config,
@@ -515,7 +511,7 @@ fn start(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         .map(drop)
 }
 
-fn bind_local(path: &Path, owner: Option<u32>) -> Result<UnixListener, TunnelError> {
+fn bind_local(path: &Path) -> Result<UnixListener, TunnelError> {
     let failed = |source| TunnelError::Listen {
         at: path.display().to_string(),
         source,
@@ -526,9 +522,6 @@ fn bind_local(path: &Path, owner: Option<u32>) -> Result<UnixListener, TunnelErr
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    if owner.is_some() {
-        std::os::unix::fs::chown(path, owner, None).map_err(failed)?;
-    }
     listener.set_nonblocking(true).map_err(failed)?;
     Ok(listener)
 }

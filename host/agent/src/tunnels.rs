@@ -88,15 +88,10 @@ impl Tunnel {
         config: &AgentConfig,
         terms: &Terms,
         peer_address: SocketAddr,
-        uid: u32,
         fed: mpsc::Sender<Fed>,
     ) -> Result<Self, String> {
         let listen = config.vm_run_dir(terms.vm).join(OUTGOING_SOCKET);
-        let side = Side::Source {
-            listen,
-            owner: Some(uid),
-            peer_address,
-        };
+        let side = Side::Source { listen, peer_address };
         Self::start(config, &spec(config, terms, terms.destination.0, side), fed)
     }
 
@@ -179,7 +174,9 @@ pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncF
 
 /// Tells each new phase once, until the process ends.
 async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, told_to: Told) {
-    let Ok(end) = watched(pidfd, Interest::READABLE) else { return };
+    let Ok(end) = watched(pidfd, Interest::READABLE) else {
+        return;
+    };
     let mut told: Option<Phase> = None;
     loop {
         let ended = tokio::select! {

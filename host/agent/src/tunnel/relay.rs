@@ -3,18 +3,7 @@
 //! One thread serves one connection, so that parallel migration channels use several processors. Reads are large, a burst
 //! of records leaves in one vectored write, and nothing waits for more to come: what was read is sent at once.
 //!
-//! Measured in turn in one run, Unix socket to Unix socket over loopback, two busy processors shared by both ends (2 GiB,
-//! 32 KiB and 1 MiB writes; processor time includes the test's own reader and writer):
-//!
-//! | | MB/s | CPU s/GB | 1-byte ping-pong, median |
-//! |---|---|---|---|
-//! | Unix socket, nothing between | 2700-7800 | 0.12-0.17 | 8 us |
-//! | plain TCP, two threads | 700-1400 | 0.7-1.0 | 44 us |
-//! | tokio current-thread, tokio-rustls | 310-580 | 1.3-1.7 | 50 us |
-//! | this loop | 450-890 | 1.3-1.6 | 46 us |
-//!
-//! Chunks of 64 KiB cost 10 % more, 128 KiB the same. Of the time here the cipher takes an eighth and copies inside rustls
-//! a quarter.
+//! What a migration over it costs against QEMU's own TLS is measured by `cargo xtask bench migrate`.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};

@@ -46,8 +46,6 @@ pub enum Side {
     Source {
         /// The Unix socket to listen on. A stale one is replaced.
         listen: PathBuf,
-        /// The user that QEMU runs as, if not ours: the socket is given to it.
-        owner: Option<u32>,
         /// The destination's tunnel.
         peer_address: SocketAddr,
     },

@@ -117,7 +117,6 @@ impl Pair {
     fn source(&self) -> TunnelSpec {
         let side = Side::Source {
             listen: self.dir.path().join("outgoing"),
-            owner: None,
             peer_address: self.address,
         };
         spec(self.dir.path(), "a", B, side)
