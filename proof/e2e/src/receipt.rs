@@ -29,21 +29,18 @@ pub struct Receipt {
     pub blackout_ms: f64,
     /// Longest silence in the second before: the probe's and the machine's own.
     pub baseline_gap_ms: f64,
-    /// The guest stood still, by QEMU.
-    pub qemu_downtime_ms: f64,
+    /// The guest stood still, by QEMU, whole milliseconds; `None` when it was not there any more to say so.
+    pub qemu_downtime_ms: Option<f64>,
     /// Longest that the guest's own 1 ms tick was held up.
     pub guest_gap_ms: f64,
     /// From the request until the guest ran on the destination, by the controller.
     pub request_to_running_ms: f64,
-    /// From starting the command until the guest answered again after the longest
-    /// silence, by the probe.
-    pub request_to_answer_ms: f64,
     /// From starting the command to its end.
     pub command_ms: f64,
     /// HTTP requests that were due meanwhile and lost.
     pub requests_lost: u64,
-    /// Bytes of guest memory sent.
-    pub bytes: u64,
+    /// Bytes of guest memory sent; `None` as above.
+    pub bytes: Option<u64>,
     /// Rounds of pre-copy.
     pub rounds: Vec<Round>,
     /// The stages, in order.
@@ -79,8 +76,8 @@ struct Reported {
     stages: Vec<Stage>,
     #[serde(default)]
     rounds: Vec<Round>,
-    bytes: u64,
-    qemu_downtime_ms: f64,
+    bytes: Option<u64>,
+    qemu_downtime_ms: Option<f64>,
     request_to_running_ms: f64,
 }
 
@@ -127,7 +124,6 @@ pub fn migrate(
         qemu_downtime_ms: read.qemu_downtime_ms,
         guest_gap_ms: status["largest_gap_us"].as_f64().unwrap_or(f64::NAN) / 1e3,
         request_to_running_ms: read.request_to_running_ms,
-        request_to_answer_ms: gap.to_ns.saturating_sub(request) as f64 / 1e6,
         command_ms,
         requests_lost: load.map_or(0, Load::lost) - lost_before,
         bytes: read.bytes,
@@ -154,7 +150,7 @@ impl Receipt {
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![format!("  {:<24}{:>12}{:>12}", "stage", "started", "took")];
         for stage in &self.stages {
-            let (started, took) = (ms(stage.started_ms), ms(stage.duration_ms));
+            let (started, took) = (whole_ms(stage.started_ms), whole_ms(stage.duration_ms));
             lines.push(format!("  {:<24}{started:>12}{took:>12}", stage.stage));
         }
         let rounds: Vec<String> = self.rounds.iter().take(6).map(|round| mib(round.bytes)).collect();
@@ -167,11 +163,12 @@ impl Receipt {
         let mut fact = |what: &str, value: String, note: String| {
             lines.push(format!("  {what:<24}{value:>12}  {note}").trim_end().to_owned());
         };
-        let (to, answered) = (&self.to, ms(self.request_to_answer_ms));
-        fact("memory sent", mib(self.bytes), copied);
-        let note = format!("after the request; a ping was answered again after {answered}");
-        fact(&format!("running on {to}"), ms(self.request_to_running_ms), note);
-        fact("guest stood still", ms(self.qemu_downtime_ms), "by QEMU".into());
+        let sent = self.bytes.map_or_else(unknown, mib);
+        fact("memory sent", sent, copied);
+        let running = whole_ms(self.request_to_running_ms);
+        fact(&format!("running on {}", self.to), running, "after the request".into());
+        let stood = self.qemu_downtime_ms.map_or_else(unknown, whole_ms);
+        fact("guest stood still", stood, "by QEMU".into());
         let note = format!(
             "longest between answers to a 1 ms ping ({} while calm)",
             ms(self.baseline_gap_ms)
@@ -186,12 +183,18 @@ impl Receipt {
     }
 }
 
+/// What the probe measured, to its grain.
 fn ms(value: f64) -> String {
-    if value.is_nan() {
-        "unknown".into()
-    } else {
-        format!("{value:.1} ms")
-    }
+    format!("{value:.1} ms")
+}
+
+/// What Godwit and QEMU tell, in whole milliseconds.
+fn whole_ms(value: f64) -> String {
+    format!("{value:.0} ms")
+}
+
+fn unknown() -> String {
+    "unknown".into()
 }
 
 fn mib(bytes: u64) -> String {
@@ -202,6 +205,13 @@ fn mib(bytes: u64) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn what_nobody_was_there_to_say_is_unknown_and_no_error() {
+        let told = json!({ "stages": [], "request_to_running_ms": 12 });
+        let read: Reported = serde_json::from_value(told).unwrap();
+        assert_eq!((read.bytes, read.qemu_downtime_ms), (None, None));
+    }
 
     #[test]
     fn a_receipt_is_found_at_the_top_or_in_the_kind_and_its_absence_is_an_error() {

@@ -25,6 +25,13 @@ Usage: demo [--exit] [--json FILE] [--godwit PATH] [--qemu PATH]
   --qemu PATH    the QEMU that hosts use (default: the one in PATH)
 ";
 
+/// Prints a line. A reader who went away, as `head` does, is no reason to end in the middle: the lab is taken down in order.
+macro_rules! say {
+    ($($what:tt)*) => {{
+        let _ = writeln!(std::io::stdout(), $($what)*);
+    }};
+}
+
 /// Size of the long download. Read at [`DOWNLOAD_RATE_MIB_S`] it lasts longer than both moves.
 const DOWNLOAD_MIB: u64 = 256;
 const DOWNLOAD_RATE_MIB_S: u64 = 4;
@@ -43,7 +50,7 @@ fn main() -> ExitCode {
     let args = match parse(std::env::args().skip(1)) {
         Ok(Some(args)) => args,
         Ok(None) => {
-            print!("{HELP}");
+            say!("{HELP}");
             return ExitCode::SUCCESS;
         }
         Err(error) => {
@@ -90,18 +97,17 @@ impl Steps {
     fn run<T>(&self, what: &str, body: impl FnOnce() -> Result<T>, detail: impl FnOnce(&T) -> String) -> Result<T> {
         let started = Instant::now();
         if self.terminal {
-            print!("  {what:<12}...");
-            // A terminal that cannot be written to is no reason to stop.
-            let _ = std::io::stdout().flush();
+            let mut terminal = std::io::stdout();
+            let _ = write!(terminal, "  {what:<12}...").and_then(|()| terminal.flush());
         }
         let done = body();
         let back = if self.terminal { "\r\x1b[K" } else { "" };
         match &done {
             Ok(value) => {
                 let seconds = started.elapsed().as_secs_f64();
-                println!("{back}  {what:<12}{:<58}{seconds:>6.1} s", detail(value));
+                say!("{back}  {what:<12}{:<58}{seconds:>6.1} s", detail(value));
             }
-            Err(_) => println!("{back}  {what:<12}failed"),
+            Err(_) => say!("{back}  {what:<12}failed"),
         }
         done
     }
@@ -115,7 +121,11 @@ fn demo(args: &Args) -> Result<bool> {
             .context("cannot find this program")?
             .with_file_name("godwit"),
     };
-    println!("Godwit: three hosts on this machine, and a web server that moves between them\n");
+    if let Some(path) = &args.json {
+        // Said now, not after the minutes that the demo takes.
+        std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    say!("Godwit: three hosts on this machine, and a web server that moves between them\n");
     let steps = Steps {
         terminal: std::io::stdout().is_terminal(),
     };
@@ -157,13 +167,13 @@ fn show(steps: &Steps, cluster: &mut Cluster, args: &Args) -> Result<bool> {
         .context("pinging the guest")?;
     let load = Load::start(&netns, ip, REQUESTS_PER_S)?;
     let download = Download::start(&netns, ip, DOWNLOAD_MIB, 7, DOWNLOAD_RATE_MIB_S)?;
-    println!("\n  watched by a ping every ms, {REQUESTS_PER_S} requests/s and one download of {DOWNLOAD_MIB} MiB");
+    say!("\n  watched by a ping every ms, {REQUESTS_PER_S} requests/s and one download of {DOWNLOAD_MIB} MiB");
     let mut receipts = Vec::new();
     for to in [2, 3] {
         let receipt = receipt::migrate(cluster, VM, ip, to, &probe, Some(&load))?;
-        println!("\n{VM}: {} -> {}", receipt.from, receipt.to);
+        say!("\n{VM}: {} -> {}", receipt.from, receipt.to);
         for line in receipt.lines() {
-            println!("{line}");
+            say!("{line}");
         }
         receipts.push(receipt);
     }
@@ -211,23 +221,33 @@ fn set_up(steps: &Steps, cluster: &mut Cluster) -> Result<Ipv4Addr> {
 fn summary(receipts: &[Receipt], report: &LoadReport, downloaded: &Result<u64>) -> bool {
     let moves = receipts.len();
     let longest = receipts.iter().map(|receipt| receipt.blackout_ms).fold(0.0, f64::max);
-    println!("\n{moves} moves, the longest silence {longest:.1} ms");
+    say!("\n{moves} moves, the longest silence {longest:.1} ms");
     let lost = match report.lost {
         0 => format!("none lost of {} (slowest answer {:.0} ms)", report.sent, report.max_ms),
-        lost => format!("{lost} LOST of {}: {}", report.sent, report.reasons.join("; ")),
+        lost => format!("{lost} LOST of {}: {}", report.sent, counted(&report.reasons)),
     };
-    println!("  requests    {lost}");
+    say!("  requests    {lost}");
     let download = match downloaded {
         Ok(bytes) => format!("{} MiB, every byte right", bytes >> 20),
         Err(error) => format!("BROKEN: {error:#}"),
     };
-    println!("  download    {download}");
+    say!("  download    {download}");
     let counter = match report.counter_faults {
         0 => "the guest's counter only ever grew: one guest, one past".to_owned(),
         faults => format!("{faults} FAULTS: the guest's counter stood still or fell"),
     };
-    println!("  counter     {counter}");
+    say!("  counter     {counter}");
     report.lost == 0 && report.counter_faults == 0 && downloaded.is_ok()
+}
+
+/// Equal reasons once, with how often.
+fn counted(reasons: &[String]) -> String {
+    let mut counts = std::collections::BTreeMap::new();
+    for reason in reasons {
+        *counts.entry(reason.as_str()).or_insert(0_u32) += 1;
+    }
+    let counts = counts.iter().map(|(reason, count)| format!("{count} x {reason}"));
+    counts.collect::<Vec<_>>().join("; ")
 }
 
 fn write_json(path: &Path, receipts: &[Receipt], report: &LoadReport, download_right: bool) -> Result<()> {
@@ -245,18 +265,18 @@ fn stay(cluster: &Cluster, godwit: &Path) -> Result<()> {
     } else {
         ""
     };
-    println!("\nIt stays up. In another terminal:\n");
-    println!("  curl http://{ip}/status");
-    println!(
+    say!("\nIt stays up. In another terminal:\n");
+    say!("  curl http://{ip}/status");
+    say!(
         "  alias godwit='{sudo}{} --state {}'",
         godwit.display(),
         cluster.state().display()
     );
-    println!("  godwit vm list");
-    println!("  godwit vm migrate {VM} --to h1");
-    println!("  godwit vm console {VM}");
-    println!("\nLogs: {}", cluster.lab().logs().display());
-    println!("Ctrl-C here removes everything.");
+    say!("  godwit vm list");
+    say!("  godwit vm migrate {VM} --to h1");
+    say!("  godwit vm console {VM}");
+    say!("\nLogs: {}", cluster.lab().logs().display());
+    say!("Ctrl-C here removes everything.");
     end_is_expected();
     loop {
         std::thread::park();
