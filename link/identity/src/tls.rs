@@ -27,7 +27,7 @@ pub use crate::verify::NotPinned;
 use crate::certificate::{CaCertificate, CertificateError, Fingerprint};
 use crate::node::NodeIdentity;
 use crate::role::{Expect, Peer, WrongPeer};
-use crate::verify::{ClientRole, PinnedController, ServerRole, by_name};
+use crate::verify::{Authority, ClientRole, ServerRole, by_name};
 
 const HTTP2: &[u8] = b"h2";
 const HTTP1: &[u8] = b"http/1.1";
@@ -87,7 +87,7 @@ fn server(identity: &NodeIdentity, expected: Expect) -> Result<ServerConfig, Tls
 fn client(identity: &NodeIdentity, expected: Expect) -> Result<ClientConfig, TlsError> {
     let provider = provider();
     let verifier = ServerRole {
-        authority: identity.authority().clone(),
+        authority: Authority::Known(identity.authority().clone()),
         expected,
         algorithms: provider.signature_verification_algorithms,
     };
@@ -148,8 +148,9 @@ pub fn api_port(identity: &NodeIdentity) -> Result<ServerConfig, TlsError> {
 /// A new host's first connection: trusts the controller whose authority has the token's fingerprint, and nobody else.
 pub fn joining(authority: Fingerprint) -> Result<ClientConfig, TlsError> {
     let provider = provider();
-    let verifier = PinnedController {
-        pinned: authority,
+    let verifier = ServerRole {
+        authority: Authority::Pinned(authority),
+        expected: Expect::Controller,
         algorithms: provider.signature_verification_algorithms,
     };
     let mut config = ClientConfig::builder_with_provider(provider)

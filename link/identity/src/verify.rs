@@ -1,5 +1,6 @@
 //! The rustls verifiers: chain to our authority, then the role. A wrong peer fails inside the handshake.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
@@ -66,59 +67,37 @@ fn chain(
     verify_server_cert_signed_by_trust_anchor(&parsed, &authority.roots()?, &[], now, algorithms.all)
 }
 
-/// Accepts a server of our cluster with the expected role, whatever its name and address are.
+/// Whose authority a server's certificate must chain to.
+#[derive(Debug)]
+pub(crate) enum Authority {
+    /// Ours.
+    Known(CaCertificate),
+    /// The one with this fingerprint; the server sends it along.
+    Pinned(Fingerprint),
+}
+
+/// Accepts a server of the authority's cluster with the expected role, whatever its name and address are.
 #[derive(Debug)]
 pub(crate) struct ServerRole {
-    pub(crate) authority: CaCertificate,
+    pub(crate) authority: Authority,
     pub(crate) expected: Expect,
     pub(crate) algorithms: WebPkiSupportedAlgorithms,
 }
 
+impl Authority {
+    /// The authority itself; `sent` are the certificates that came with the server's.
+    fn certificate(&self, sent: &[CertificateDer<'_>]) -> Result<Cow<'_, CaCertificate>, Error> {
+        let pinned = match self {
+            Self::Known(authority) => return Ok(Cow::Borrowed(authority)),
+            Self::Pinned(pinned) => *pinned,
+        };
+        let found = sent.iter().find(|sent| Fingerprint::of(sent) == pinned);
+        let found = found.ok_or_else(|| refuse(NotPinned(pinned)))?;
+        CaCertificate::from_der(found.to_vec()).map(Cow::Owned).map_err(refuse)
+    }
+}
+
 impl ServerCertVerifier for ServerRole {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        chain(end_entity, &self.authority, now, &self.algorithms)?;
-        check_role(end_entity, self.authority.cluster(), self.expected)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-/// Accepts the controller of the cluster whose authority has this fingerprint; the server sends the authority along.
-#[derive(Debug)]
-pub(crate) struct PinnedController {
-    pub(crate) pinned: Fingerprint,
-    pub(crate) algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl ServerCertVerifier for PinnedController {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -127,14 +106,10 @@ impl ServerCertVerifier for PinnedController {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let authority = intermediates
-            .iter()
-            .find(|sent| Fingerprint::of(sent) == self.pinned)
-            .ok_or_else(|| refuse(NotPinned(self.pinned)))?;
-        let authority = CaCertificate::from_der(authority.to_vec()).map_err(refuse)?;
+        let authority = self.authority.certificate(intermediates)?;
         chain(end_entity, &authority, now, &self.algorithms)?;
-        // A host of the cluster must not pose as its controller: it would learn the token's secret.
-        check_role(end_entity, authority.cluster(), Expect::Controller)?;
+        // Also of a pinned authority: a host of the cluster must not pose as its controller, or it would learn the token's secret.
+        check_role(end_entity, authority.cluster(), self.expected)?;
         Ok(ServerCertVerified::assertion())
     }
 
