@@ -13,6 +13,7 @@ use model::{
 };
 use serde::Deserialize;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     client::Client,
@@ -142,6 +143,8 @@ async fn until_over(client: &Client, begun: &OperationView, timeout: Option<Dura
         operation.id,
         format!("{} {}", operation.kind.name(), operation.target.name),
     );
+    // Before the line is there: who sees it may press Ctrl-C at once.
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| Failure::of(Exit::Failed, &error).about(id))?;
     let live = Live::new(&about);
     let over = poll(client, id);
     let shown = show(client, id, &live);
@@ -158,7 +161,7 @@ async fn until_over(client: &Client, begun: &OperationView, timeout: Option<Dura
             let message = format!("{about} is not done after {} s; it goes on", timeout.unwrap_or_default().as_secs());
             Err(interrupted(Exit::TimedOut, message, id))
         }
-        _ = tokio::signal::ctrl_c() => {
+        _ = interrupt.recv() => {
             drop(live);
             Err(interrupted(Exit::Interrupted, format!("no longer waiting for {about}; it goes on"), id))
         }
