@@ -30,7 +30,7 @@ pub fn audit_step(before: &BTreeMap<VmId, (Generation, Option<model::HostId>)>, 
         if now < *generation {
             return Err(format!("VM {}'s generation went from {generation} to {now}", vm.name));
         }
-        if now == *generation && host.is_some() && *host != vm.status.host {
+        if now == *generation && host.is_some() && vm.status.host.is_some() && *host != vm.status.host {
             return Err(format!("VM {}'s generation {now} was given to a second host", vm.name));
         }
     }

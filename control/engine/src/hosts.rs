@@ -123,7 +123,11 @@ pub(crate) fn remove(txn: &mut Txn<'_>, request: &Request, reference: &Reference
     if let Some(vm) = world.index.vms_on(host.id).find_map(|id| here(&id)) {
         let count = world.index.vms_on(host.id).filter(|id| here(id).is_some()).count();
         let message = format!("host {} still has {count} VMs, {} among them", host.name, vm.name);
-        return Err(refuse(Code::WrongState, message, "move or delete them first"));
+        let hint = match host.status.link {
+            Link::Up => "move or delete them first",
+            Link::Lost => "let it connect; if its machine is off for good, say so: `godwit host remove --force`",
+        };
+        return Err(refuse(Code::WrongState, message, hint));
     }
     // Removing a lost host says that it is gone for good: what it may still have of a VM counts as cleared. One that is
     // connected can tell by itself.
@@ -216,7 +220,7 @@ pub(crate) fn facts(txn: &mut Txn<'_>, host: HostId, facts: &HostFacts) {
 }
 
 /// Which pools a host sees now: new ones get a row, named by the first to bring them.
-fn see_pools(txn: &mut Txn<'_>, host: HostId, seen: &[PoolFacts]) {
+pub(crate) fn see_pools(txn: &mut Txn<'_>, host: HostId, seen: &[PoolFacts]) {
     let seen: BTreeMap<PoolId, &Name> = seen.iter().map(|pool| (pool.id, &pool.name)).collect();
     let world = txn.world();
     let known = world
@@ -246,6 +250,14 @@ fn see_pools(txn: &mut Txn<'_>, host: HostId, seen: &[PoolFacts]) {
             hosts: BTreeSet::from([host]),
             failure_domain: None,
         }));
+    }
+}
+
+/// Forgets a pool that no host sees, once nothing is in it any more.
+pub(crate) fn forget_pool(txn: &mut Txn<'_>, pool: PoolId) {
+    let unseen = txn.world().pools.get(&pool).is_some_and(|pool| pool.hosts.is_empty());
+    if unseen && !is_used(txn.world(), pool) {
+        txn.delete(Key::Pool(pool));
     }
 }
 

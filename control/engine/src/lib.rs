@@ -17,9 +17,10 @@
 //! - At most one operation holds a VM, and every operation ends at its `ends_by` at the latest.
 //! - A refused request changes nothing. A report about a VM counts only from a host that the world places it on, or that its
 //!   terms name: one compromised agent touches only its own VMs.
-//! - Nothing is restarted elsewhere by itself: a lost host is an alarm.
+//! - Nothing is restarted elsewhere by itself: a lost host is an alarm, and a person alone may say that its machine is off for good.
 //! - Nothing here walks all VMs: a step costs what it concerns, a tick is bounded.
 
+mod abandon;
 pub mod audit;
 mod bootstrap;
 mod cancel;

@@ -4,12 +4,12 @@
 use std::collections::BTreeSet;
 
 use model::{
-    Code, HostId, Key, Millis, OperationId, OperationKind, OperationState, Outcome, Refusal, Request, Row, Vm, VmId,
-    VmState, host::Link, name::Reference, order::Verb, vm::Power,
+    Code, Generation, HostId, Key, Millis, OperationId, OperationKind, OperationState, Outcome, Refusal, Request, Row,
+    Vm, VmId, VmState, host::Link, name::Reference, order::Verb, vm::Power,
 };
 
 use crate::{
-    create, definition,
+    create, definition, hosts,
     placement::{self, Need},
     request::{self, Decision, Fresh, refuse},
     txn::Txn,
@@ -243,8 +243,12 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
         erase(txn, id);
         return request::done(txn, request, operation, OperationKind::DeleteVm, target);
     };
-    let volumes = definition::places(world, vm);
+    let sees = |pool| world.pools.get(&pool).is_some_and(|pool| pool.hosts.contains(&host));
+    let mut volumes = definition::places(world, vm);
     let moved = vm.status.host != Some(host);
+    if moved {
+        volumes.retain(|place| sees(place.pool));
+    }
     let operation = begin(txn, request, id, OperationKind::DeleteVm, DELETE_MAX, Some(Power::Off))?;
     if moved {
         txn.edit_vm(id, |vm| {
@@ -257,20 +261,24 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
     request::outcome(txn, operation)
 }
 
-/// Who deletes the disks of a VM: its host or, when that is lost and the VM is off, another that sees them all.
+/// Who deletes the disks of a VM: its host or, when that is lost and the VM is off, another that sees them all. Nobody, when it never
+/// was on a host, or its host was removed and nobody sees them.
 fn remover(world: &World, vm: &Vm) -> Result<Option<HostId>, Box<Refusal>> {
-    let Some(host) = vm.status.host else {
-        return Ok(None);
-    };
-    if is_up(world, host) {
+    if let Some(host) = vm.status.host.filter(|host| is_up(world, *host)) {
         return Ok(Some(host));
     }
-    let pools: BTreeSet<_> = vm
+    let pools = vm
         .volumes
         .iter()
         .filter_map(|id| world.volumes.get(id))
-        .map(|row| row.pool)
-        .collect();
+        .map(|row| row.pool);
+    let mut pools: BTreeSet<_> = pools.collect();
+    if vm.status.host.is_none() {
+        pools.retain(|id| world.pools.get(id).is_some_and(|pool| !pool.hosts.is_empty()));
+        if vm.status.highest == Generation(0) || pools.is_empty() {
+            return Ok(None);
+        }
+    }
     let sees = |host: HostId| {
         pools
             .iter()
@@ -281,9 +289,14 @@ fn remover(world: &World, vm: &Vm) -> Result<Option<HostId>, Box<Refusal>> {
         .hosts()
         .map(|row| row.id)
         .find(|id| off && is_up(world, *id) && sees(*id));
-    match other {
-        Some(other) => Ok(Some(other)),
-        None => reachable(world, vm).map(Some),
+    match (other, vm.status.host) {
+        (Some(other), _) => Ok(Some(other)),
+        (None, Some(_)) => reachable(world, vm).map(Some),
+        (None, None) => {
+            let message = format!("VM {}: no connected host sees its disks", vm.name);
+            let hint = "let a host of their pool connect, then ask again";
+            Err(refuse(Code::HostUnreachable, message, hint))
+        }
     }
 }
 
@@ -298,8 +311,10 @@ pub(crate) fn erase(txn: &mut Txn<'_>, id: VmId) {
             port.rests_until = Some(until);
         });
     }
-    for volume in &vm.volumes {
-        txn.delete(Key::Volume(*volume));
+    for id in &vm.volumes {
+        let pool = txn.world().volumes.get(id).map(|volume| volume.pool);
+        txn.delete(Key::Volume(*id));
+        pool.into_iter().for_each(|pool| hosts::forget_pool(txn, pool));
     }
     if let Some(mut project) = txn.world().projects.get(&vm.project).cloned() {
         let used = &mut project.used;
@@ -334,7 +349,8 @@ pub(crate) fn cold(world: &World, vm: &Vm) -> Result<(), Box<Refusal>> {
         vm.name,
         open.join(" or ")
     );
-    let hint = "let their agents connect and tell, or reboot those hosts; remove a host that is gone for good";
+    let hint = "let their agents connect and tell, or reboot those hosts; of one whose machine is off for good say so: `godwit host \
+                remove --force`";
     Err(refuse(Code::WrongState, message, hint))
 }
 

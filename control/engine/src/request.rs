@@ -11,7 +11,7 @@ use model::{
 use uuid::Uuid;
 
 use crate::{
-    cancel, create, hosts, lifecycle, migration, templates,
+    abandon, cancel, create, hosts, lifecycle, migration, templates,
     txn::{Txn, target},
     world::World,
 };
@@ -141,6 +141,7 @@ fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
         Command::JoinHost { token, host, name } => hosts::join(txn, request, *token, *host, name),
         Command::SetSchedulable { host, schedulable } => hosts::set_schedulable(txn, request, host, *schedulable),
         Command::RemoveHost(host) => hosts::remove(txn, request, host),
+        Command::AbandonHost(host) => abandon::host(txn, request, host),
         Command::CreateTemplate { name, content } => templates::create(txn, request, name, content),
         Command::DeleteTemplate(template) => templates::delete(txn, request, template),
     }

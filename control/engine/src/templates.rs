@@ -12,7 +12,7 @@ use model::{
 use uuid::Uuid;
 
 use crate::{
-    lifecycle,
+    hosts, lifecycle,
     request::{self, Decision, Fresh, refuse},
     txn::{Txn, target},
     world::World,
@@ -190,8 +190,7 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
     let operation = Fresh::of(request).operation(world)?;
     let target = target(TargetKind::Template, id.0, &name);
     let Some((host, pool)) = place else {
-        txn.notice_template(id, "template.deleted", String::new());
-        txn.delete(Key::Template(id));
+        erase(txn, id);
         return request::done(txn, request, operation, OperationKind::DeleteTemplate, target);
     };
     txn.edit_template(id, |template| template.state = TemplateState::Deleting);
@@ -218,7 +217,9 @@ fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)
         TemplateState::Failed { pool: None, .. } => return Ok(importer(world)),
         _ => return Ok(None),
     };
-    let Some(pool) = pools.first().and_then(|id| world.pools.get(id)) else {
+    // In a pool that no host sees any more there is nothing left to drop.
+    let pool = pools.first().and_then(|id| world.pools.get(id));
+    let Some(pool) = pool.filter(|pool| !pool.hosts.is_empty()) else {
         return Ok(None);
     };
     let host = pool.hosts.iter().copied().find(|host| lifecycle::is_up(world, *host));
@@ -319,8 +320,7 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
             txn.finish(order.operation, OperationState::Succeeded);
         }
         (TemplateVerb::Drop { .. }, None) => {
-            txn.notice_template(id, "template.deleted", String::new());
-            txn.delete(Key::Template(id));
+            erase(txn, id);
             txn.finish(order.operation, OperationState::Succeeded);
         }
         (_, Some(reason)) => failed(txn, id, order.operation, Some(order.pool), reason.clone()),
@@ -407,4 +407,33 @@ pub(crate) fn imports_of(world: &World, host: HostId) -> Vec<Name> {
         Subject::Vm(_) => None,
     })
     .collect()
+}
+
+/// A host was given up: what it was to do for templates will not be done.
+pub(crate) fn abandon(txn: &mut Txn<'_>, host: HostId) {
+    let rows = txn.world().outbox.range((host, crate::subject_min())..);
+    let rows = rows.take_while(|((of, _), _)| *of == host);
+    let orders = rows.filter_map(|(_, row)| match &row.order {
+        Order::Template(order) if order.operation != LATE => Some((order.template, order.operation, order.pool)),
+        _ => None,
+    });
+    let orders: Vec<(TemplateId, OperationId, PoolId)> = orders.collect();
+    let name = lifecycle::host_name(txn.world(), host);
+    for (id, operation, pool) in orders {
+        let message = format!("host {name} was removed before it had done its part");
+        let reason = Refusal::new(Code::HostUnreachable, message).hint("delete the template, then import it again");
+        failed(txn, id, operation, Some(pool), reason);
+    }
+}
+
+/// Takes a template out of the world, and pools that only it kept.
+fn erase(txn: &mut Txn<'_>, id: TemplateId) {
+    let pools = txn
+        .world()
+        .template(id)
+        .map(|row| crate::placement::ready_pools(&row.state))
+        .unwrap_or_default();
+    txn.notice_template(id, "template.deleted", String::new());
+    txn.delete(Key::Template(id));
+    pools.into_iter().for_each(|pool| hosts::forget_pool(txn, pool));
 }

@@ -95,6 +95,9 @@ pub enum Command {
     },
     /// Remove a host. Legal when no VM is on it.
     RemoveHost(Reference),
+    /// Remove a lost host with whatever was on it. A person vouches that its machine is off and stays off: what it held in memory is
+    /// lost, and VMs whose disks others see may be started there.
+    AbandonHost(Reference),
     /// Make a template of blobs that the controller has.
     CreateTemplate {
         /// Its name.
@@ -122,9 +125,11 @@ impl Command {
             Self::CreateVm(_) | Self::DeleteVm(_) | Self::CreateTemplate { .. } | Self::DeleteTemplate(_) => {
                 Role::ProjectAdmin
             }
-            Self::AddJoinToken(_) | Self::JoinHost { .. } | Self::SetSchedulable { .. } | Self::RemoveHost(_) => {
-                Role::CloudAdmin
-            }
+            Self::AddJoinToken(_)
+            | Self::JoinHost { .. }
+            | Self::SetSchedulable { .. }
+            | Self::RemoveHost(_)
+            | Self::AbandonHost(_) => Role::CloudAdmin,
         }
     }
 }

@@ -31,6 +31,14 @@ pub(crate) struct HostPatch {
     schedulable: bool,
 }
 
+/// What a person says of a lost host.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Abandon {
+    /// That its machine is off and stays off. Its VMs may be started elsewhere then: two of one VM would destroy its disk.
+    machine_is_off: bool,
+}
+
 /// A join token to make.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -107,6 +115,23 @@ pub(crate) async fn change(
     responses((status = 202, body = Operation), (status = "4XX", body = Problem)))]
 pub(crate) async fn remove(State(app): State<App>, Ref(host): Ref, asked: Asked<NoBody>) -> Result<Response, Failure> {
     submit(&app, asked.actor, Command::RemoveHost(host), asked.options).await
+}
+
+/// Removes a lost host with whatever was on it, for a person who says that its machine is off for good.
+#[utoipa::path(post, path = "/v1/hosts/{host}/abandon", tag = "hosts", params(("host" = String, Path), Choices),
+    request_body = Abandon, responses((status = 202, body = Operation), (status = "4XX", body = Problem)))]
+pub(crate) async fn abandon(
+    State(app): State<App>,
+    Ref(host): Ref,
+    asked: Asked<Abandon>,
+) -> Result<Response, Failure> {
+    if !asked.body.machine_is_off {
+        return Err(Failure::input(
+            "machine_is_off is false: a host whose VMs may still run is not given up",
+            "switch its machine off, then say that it is",
+        ));
+    }
+    submit(&app, asked.actor, Command::AbandonHost(host), asked.options).await
 }
 
 /// Makes a one-use token with which a host joins.

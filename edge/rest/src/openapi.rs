@@ -50,6 +50,7 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(vms::console))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::show, hosts::change, hosts::remove))
+        .routes(routes!(hosts::abandon))
         .routes(routes!(hosts::add_token))
         .routes(routes!(hosts::join_cell))
         .routes(routes!(templates::list, templates::create))

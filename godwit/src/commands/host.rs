@@ -38,11 +38,15 @@ pub(crate) enum Host {
         #[arg(long, action = clap::ArgAction::Set)]
         schedulable: bool,
     },
-    /// Remove a host on which no VM is
+    /// Remove a host on which no VM is, or one that is dead for good
     Remove {
         /// Name or id
         #[arg(add = ArgValueCompleter::new(completion::hosts))]
         host: Reference,
+        /// Remove it with the VMs on it, though it is lost: you say that its machine is off and stays off. Its VMs may be started
+        /// elsewhere then; if it still runs one of them, two guests will write one disk
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -65,12 +69,16 @@ impl Host {
                 }
                 out::text(&facts(out::read(&value)?))
             }
-            Self::Remove { host, wait } => {
-                let Some(answer) = session
-                    .delete(&format!("/v1/hosts/{host}"), &format!("host {host}"))
-                    .await?
-                else {
-                    return Ok(());
+            Self::Remove { host, force, wait } => {
+                let answer = if force {
+                    let path = format!("/v1/hosts/{host}/abandon");
+                    session.client.post(&path, &json!({ "machine_is_off": true })).await?
+                } else {
+                    let removed = session.delete(&format!("/v1/hosts/{host}"), &format!("host {host}"));
+                    match removed.await? {
+                        Some(answer) => answer,
+                        None => return Ok(()),
+                    }
                 };
                 let followed = follow(&session.client, session.format, answer, wait).await?;
                 said(session, followed.is_done(), &format!("host {host} is removed"))
