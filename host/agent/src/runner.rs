@@ -193,7 +193,12 @@ impl Runner {
             Effect::Prepare { definition, mode } => self.prepare(definition, mode),
             Effect::Spawn(launch) => self.spawn(launch),
             Effect::Adopt => self.adopt(),
-            Effect::Act(action) => self.act(action),
+            Effect::Act(action) => {
+                if matches!(action, Action::Stand | Action::Copy(_)) {
+                    self.standstill.asked();
+                }
+                self.act(action);
+            }
             Effect::OpenPorts => self.open_ports(),
             Effect::Clear => self.clear(),
             Effect::DeleteFiles(volumes) => self.delete_files(volumes),

@@ -32,7 +32,11 @@ const FRAMES_MAX: usize = 1000;
 const BYTES_MAX: usize = 4 << 20;
 /// A hypervisor says that its guest stands when it has stood for a moment: what came so long before may have been missed. Some of that
 /// was not; the guest gets it twice, which networks may always do.
-const STOOD_BEFORE_US: i64 = 10_000;
+const STOOD_BEFORE_US: i64 = 20_000;
+/// It takes so long at most from being asked to saying so; on a busy machine more than the above.
+const STANDING_TAKES_US: i64 = 200_000;
+/// Of a guest that still runs the last so much is kept: the word that it stands may come to a busy agent so late.
+const KEPT_US: i64 = 500_000;
 /// Frames come here as long as some switch has not heard where the guest is. The port is gone long before this.
 const LATE_MAX: Duration = Duration::from_secs(10);
 
@@ -41,6 +45,8 @@ const LATE_MAX: Duration = Duration::from_secs(10);
 pub(crate) struct Standstill {
     /// `None` when nothing is to be kept.
     ports: Option<Vec<(PortId, Keeper)>>,
+    /// When the hypervisor was last asked for something for which it makes the guest stand, or may do so.
+    asked_us: Option<i64>,
 }
 
 /// A hand-over, as those who hand frames over see it.
@@ -60,7 +66,7 @@ impl Standstill {
             // It still runs: it had all that is older.
             Some(ports) => {
                 for (port, keeper) in ports {
-                    if let Err(error) = keeper.forget_before(now_us() - STOOD_BEFORE_US) {
+                    if let Err(error) = keeper.forget_before(now_us() - KEPT_US) {
                         tracing::debug!(%port, %error, "frames that the guest had are kept");
                     }
                 }
@@ -68,10 +74,16 @@ impl Standstill {
         }
     }
 
+    /// The hypervisor is asked now for something for which it makes the guest stand, or may do so.
+    pub(crate) fn asked(&mut self) {
+        self.asked_us = Some(now_us());
+    }
+
     /// The destination has the VM: it gets what was kept, and what still comes.
     pub(crate) fn hand_over(&mut self, shared: &Arc<Shared>, of: Move) {
+        let from_us = missed_from_us(of.stood_at_ms.saturating_mul(1000), self.asked_us);
         for (port, keeper) in self.ports.take().unwrap_or_default() {
-            tokio::spawn(hand_over(Arc::clone(shared), of, port, keeper));
+            tokio::spawn(hand_over(Arc::clone(shared), of, from_us, port, keeper));
         }
     }
 
@@ -142,9 +154,13 @@ impl Budget {
 }
 
 /// Hands a port's frames over until the port is gone.
-async fn hand_over(shared: Arc<Shared>, of: Move, port: PortId, mut keeper: Keeper) {
+async fn hand_over(shared: Arc<Shared>, of: Move, from_us: i64, port: PortId, mut keeper: Keeper) {
     let mut budget = Budget::whole();
-    if let Err(why) = hand_over_all(&shared, of, port, &mut keeper, &mut budget).await {
+    let missed = Between {
+        from_us,
+        runs_us: now_us(),
+    };
+    if let Err(why) = hand_over_all(&shared, of, port, &missed, &mut keeper, &mut budget).await {
         tracing::warn!(vm = %of.vm, %port, why, "what the guest missed was not all handed over");
     }
     let frames = FRAMES_MAX - budget.frames;
@@ -157,6 +173,7 @@ async fn hand_over_all(
     shared: &Shared,
     of: Move,
     port: PortId,
+    missed: &Between,
     keeper: &mut Keeper,
     budget: &mut Budget,
 ) -> Result<(), String> {
@@ -164,15 +181,11 @@ async fn hand_over_all(
     let interest = Interest::READABLE.add(Interest::ERROR);
     let ready = keeper.as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
     let ready = watched(ready, interest).map_err(|error| error.to_string())?;
-    let missed = Between {
-        from_us: of.stood_at_ms.saturating_mul(1000) - STOOD_BEFORE_US,
-        runs_us: now_us(),
-    };
     let mut over = None;
     loop {
         // What is there when the port is gone is the last.
         let ended = keeper.is_ended();
-        let frames = gather(keeper, &missed, budget, &mut over).map_err(|error| error.to_string())?;
+        let frames = gather(keeper, missed, budget, &mut over).map_err(|error| error.to_string())?;
         if !frames.is_empty() {
             let missed = Missed {
                 vm: of.vm,
@@ -195,6 +208,12 @@ async fn hand_over_all(
     }
     close(Some(ready));
     Ok(())
+}
+
+/// From when on a guest may have missed frames that is said to stand since a moment, and was asked to at another.
+fn missed_from_us(stood_us: i64, asked_us: Option<i64>) -> i64 {
+    let asked = asked_us.map_or(stood_us, |asked| asked.max(stood_us - STANDING_TAKES_US));
+    asked.min(stood_us - STOOD_BEFORE_US)
 }
 
 /// From when on frames were missed.
@@ -404,6 +423,19 @@ mod tests {
             ..arrived()
         };
         assert!(!is_its(&native, SOURCE, &missed()), "it never moved");
+    }
+
+    #[test]
+    fn a_guest_missed_what_came_since_it_was_asked_to_stand_and_in_the_moments_before_it_said_so() {
+        assert_eq!(missed_from_us(1_000_000, None), 980_000, "nobody asked");
+        assert_eq!(missed_from_us(1_000_000, Some(999_000)), 980_000);
+        assert_eq!(missed_from_us(1_000_000, Some(900_000)), 900_000);
+        assert_eq!(
+            missed_from_us(1_000_000, Some(10_000)),
+            800_000,
+            "asked for a copy, long ago"
+        );
+        assert_eq!(missed_from_us(1_000_000, Some(1_100_000)), 980_000, "it stood already");
     }
 
     #[test]
