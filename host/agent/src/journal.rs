@@ -9,8 +9,9 @@
 //! Invariants:
 //! - A record is in the kernel before [`Journal::append`] returns: it survives the agent. It survives a loss of power only after
 //!   its [`Journal::sync_handle`] was synced; a host that lost power runs no guest, and its boot id tells.
-//! - A torn or damaged tail is cut off at the first bad record; nothing after it is read. A part of a record that could not be
-//!   written is cut off before the next one is: nothing whole ever lies behind something torn.
+//! - A torn or damaged tail is cut off at the first record whose length or checksum is wrong; nothing after it is read. A part of a
+//!   record that could not be written is cut off before the next one is: nothing whole ever lies behind something torn.
+//! - A record that is whole and cannot be understood is never cut off: another version of the agent wrote it, of a VM that may run.
 //! - Compaction writes a new file and renames it: there is always one whole journal. It runs beside [`Journal::append`], which never
 //!   waits for a disk; one that fails is told of and tried again later, and harms no record.
 
@@ -76,6 +77,17 @@ struct Record<S> {
     saved: S,
 }
 
+/// As much of a record as every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    saved: Version,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: u16,
+}
+
 /// Why the journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
@@ -100,6 +112,31 @@ pub enum JournalError {
         path: PathBuf,
         /// The record's version.
         version: u16,
+    },
+    /// A whole record means nothing to this agent.
+    #[error(
+        "the journal {} has a whole record, at byte {at}, that this godwit cannot read; run the version that wrote it, and do not \
+         remove the journal: the VMs that run here are known by it alone",
+        path.display()
+    )]
+    Unreadable {
+        /// The journal.
+        path: PathBuf,
+        /// Where in it the record begins, bytes.
+        at: usize,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// A record is longer than can be read back.
+    #[error(
+        "the state of VM {vm} takes {bytes} bytes, and a record of the journal holds at most {max}",
+        max = RECORD_BYTES_MAX
+    )]
+    TooLong {
+        /// The VM.
+        vm: VmId,
+        /// How long it is, bytes.
+        bytes: usize,
     },
     /// A record cannot be written down.
     #[error("the state of VM {vm} cannot be written to the journal")]
@@ -276,6 +313,10 @@ impl Journal {
         serde_json::to_writer(&mut record, &Record { sequence, boot, saved })
             .map_err(|source| JournalError::Record { vm: saved.vm, source })?;
         let body = &record[HEADER_BYTES..];
+        if body.len() > RECORD_BYTES_MAX {
+            let bytes = body.len();
+            return Err(JournalError::TooLong { vm: saved.vm, bytes });
+        }
         let header = ((body.len() as u64) | u64::from(crc32fast::hash(body)) << 32).to_le_bytes();
         record[..HEADER_BYTES].copy_from_slice(&header);
         Ok(record)
@@ -285,13 +326,8 @@ impl Journal {
     fn read(path: &Path, bytes: &[u8]) -> Result<(BTreeMap<VmId, Kept>, u64, usize), JournalError> {
         let mut last = BTreeMap::new();
         let (mut sequence, mut at) = (0, 0);
-        while let Some((record, next)) = Self::read_one(&bytes[at..]) {
-            if record.saved.version > Saved::VERSION {
-                return Err(JournalError::Newer {
-                    path: path.to_owned(),
-                    version: record.saved.version,
-                });
-            }
+        while let Some(body) = Self::whole(&bytes[at..]) {
+            let record = Self::parse(path, at, body)?;
             sequence = sequence.max(record.sequence);
             last.insert(
                 record.saved.vm,
@@ -300,23 +336,36 @@ impl Journal {
                     saved: record.saved,
                 },
             );
-            at += next;
+            at += HEADER_BYTES + body.len();
         }
         Ok((last, sequence, at))
     }
 
-    /// The first record, and how long it is; `None` at the end or at a bad one.
-    fn read_one(bytes: &[u8]) -> Option<(Record<Saved>, usize)> {
+    /// The first record's body; `None` at the end, or where it is torn or damaged.
+    fn whole(bytes: &[u8]) -> Option<&[u8]> {
         let (length, rest) = bytes.split_first_chunk::<4>()?;
         let (crc, rest) = rest.split_first_chunk::<4>()?;
+        // A loss of power may leave zeros, whose checksum is that of nothing.
         let length = usize::try_from(u32::from_le_bytes(*length))
             .ok()
-            .filter(|&n| n <= RECORD_BYTES_MAX)?;
+            .filter(|&n| n > 0 && n <= RECORD_BYTES_MAX)?;
         let body = rest.get(..length)?;
-        if crc32fast::hash(body) != u32::from_le_bytes(*crc) {
-            return None;
+        (crc32fast::hash(body) == u32::from_le_bytes(*crc)).then_some(body)
+    }
+
+    /// What a whole record says. Its version is looked at first: the rest of a newer one need not be readable.
+    fn parse(path: &Path, at: usize, body: &[u8]) -> Result<Record<Saved>, JournalError> {
+        let path = || path.to_owned();
+        match serde_json::from_slice::<Versioned>(body) {
+            Ok(Versioned {
+                saved: Version { version },
+            }) if version > Saved::VERSION => Err(JournalError::Newer { path: path(), version }),
+            _ => serde_json::from_slice(body).map_err(|source| JournalError::Unreadable {
+                path: path(),
+                at,
+                source,
+            }),
         }
-        Some((serde_json::from_slice(body).ok()?, HEADER_BYTES + length))
     }
 }
 
@@ -511,6 +560,73 @@ mod tests {
         drop(journal);
         let read = Journal::open(&path, boot()).unwrap();
         assert_eq!(read.saved().map(|saved| saved.revision.0).collect::<Vec<_>>(), [4, 5]);
+    }
+
+    /// A record as another version may have written it.
+    fn foreign(change: impl FnOnce(&mut serde_json::Value)) -> Vec<u8> {
+        let ours = Journal::encode(2, boot(), &saved(2, 1)).unwrap();
+        let mut record: serde_json::Value = serde_json::from_slice(&ours[HEADER_BYTES..]).unwrap();
+        change(&mut record);
+        let body = serde_json::to_vec(&record).unwrap();
+        let mut bytes = u32::try_from(body.len()).unwrap().to_le_bytes().to_vec();
+        bytes.extend(crc32fast::hash(&body).to_le_bytes());
+        bytes.extend(body);
+        bytes
+    }
+
+    #[test]
+    fn a_whole_record_that_means_nothing_here_is_refused_and_nothing_is_cut_off() {
+        let newer = |record: &mut serde_json::Value| {
+            record["saved"]["version"] = 7.into();
+            record["saved"]["role"] = serde_json::json!({"role": "twin"});
+        };
+        let strange = |record: &mut serde_json::Value| record["saved"]["role"] = serde_json::json!({"role": "twin"});
+        let dir = tempfile::tempdir().unwrap();
+        for (name, record) in [("newer", foreign(newer)), ("strange", foreign(strange))] {
+            let path = dir.path().join(name);
+            let mut journal = Journal::open(&path, boot()).unwrap();
+            journal.append(&saved(1, 1)).unwrap();
+            (&journal.file).write_all(&record).unwrap();
+            (&journal.file)
+                .write_all(&Journal::encode(3, boot(), &saved(3, 1)).unwrap())
+                .unwrap();
+            drop(journal);
+            let before = fs::read(&path).unwrap();
+            match (name, Journal::open(&path, boot())) {
+                ("newer", Err(JournalError::Newer { version: 7, .. }))
+                | ("strange", Err(JournalError::Unreadable { .. })) => {}
+                (name, other) => panic!("{name}: {other:?}"),
+            }
+            assert_eq!(fs::read(&path).unwrap(), before);
+        }
+    }
+
+    #[test]
+    fn zeros_that_a_loss_of_power_left_are_a_torn_tail() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = Journal::open(&path, boot()).unwrap();
+        journal.append(&saved(1, 1)).unwrap();
+        (&journal.file).write_all(&[0; 4096]).unwrap();
+        drop(journal);
+        assert_eq!(Journal::open(&path, boot()).unwrap().saved().count(), 1);
+    }
+
+    #[test]
+    fn a_state_that_could_not_be_read_back_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = Journal::open(&path, boot()).unwrap();
+        journal.append(&saved(1, 1)).unwrap();
+        let mut long = saved(2, 1);
+        long.answer = Some(model::order::Happening::Kept {
+            reason: model::Refusal::new(model::Code::HostFailed, "x".repeat(RECORD_BYTES_MAX)),
+        });
+        let refused = journal.append(&long).unwrap_err();
+        assert!(matches!(refused, JournalError::TooLong { .. }), "{refused}");
+        journal.append(&saved(3, 1)).unwrap();
+        drop(journal);
+        assert_eq!(Journal::open(&path, boot()).unwrap().saved().count(), 2);
     }
 
     #[tokio::test]
