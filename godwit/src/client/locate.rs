@@ -2,6 +2,8 @@
 //!
 //! In this order, each part by itself: `--server`, `--ca`, `--token-file`; the client file of `--state DIR`; `GODWIT_SERVER`, `GODWIT_CA`,
 //! `GODWIT_TOKEN_FILE`; the client files in `~/.config/godwit` and `/var/lib/godwit`.
+//!
+//! What is named, by an option or a variable, is binding: where it is of no use the command fails, and asks nobody else.
 
 use std::{
     ffi::OsString,
@@ -73,16 +75,16 @@ impl Parts {
         self.token_file = self.token_file.take().or(token_file);
     }
 
-    /// Adds what a client file has; one that is not there has nothing.
+    /// Adds what a client file has; one that is not there, or that this user may not read, has nothing.
     fn add_file(&mut self, path: &Path) -> Result<bool, Failure> {
         self.looked.push(path.display().to_string());
         let file = match std::fs::File::open(path) {
             Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 self.looked.push("  (which this user may not read)".to_owned());
                 return Ok(false);
             }
+            Err(error) if is_absent(&error) => return Ok(false),
             Err(error) => return Err(unusable(path, &chain(&error))),
         };
         let mut text = Vec::new();
@@ -108,15 +110,15 @@ pub(crate) fn locate(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> R
         flags.ca.clone().map(|ca| (ca, "--ca".to_owned())),
         flags.token_file.clone().map(|file| (file, "--token-file".to_owned())),
     );
-    if let Some(state) = &flags.state
-        && !parts.is_whole()
-        && !parts.add_file(&state.join("client.json"))?
-    {
-        parts.add_file(&state.join("controller/client.json"))?;
+    if let Some(state) = &flags.state {
+        add_state(&mut parts, state)?;
     }
     let text = |name: &str| env(name).filter(|value| !value.is_empty());
     let path = |name: &str| text(name).map(|value| (PathBuf::from(value), name.to_owned()));
-    let server = text("GODWIT_SERVER").and_then(|value| value.into_string().ok());
+    let server = text("GODWIT_SERVER").map(OsString::into_string).transpose();
+    let server = server.map_err(|_| {
+        Failure::new(Exit::Usage, "GODWIT_SERVER is not UTF-8").hint("give https://HOST:PORT, or unset it")
+    })?;
     parts.add(
         server.map(|server| (server, "GODWIT_SERVER".to_owned())),
         path("GODWIT_CA"),
@@ -166,6 +168,40 @@ fn open(parts: Parts) -> Result<Server, Failure> {
         token,
         token_from,
     })
+}
+
+/// Adds what the server has that keeps its state in this directory. Who names one means that one, and no other.
+fn add_state(parts: &mut Parts, state: &Path) -> Result<(), Failure> {
+    for file in ["client.json", "controller/client.json"].map(|file| state.join(file)) {
+        if parts.add_file(&file)? {
+            return Ok(());
+        }
+        let unread = std::fs::File::open(&file).err();
+        if unread.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
+            let message = format!("this user may not read {}", file.display());
+            return Err(
+                Failure::new(Exit::Failed, message).hint("run as the user of that server, or log in: `godwit login`")
+            );
+        }
+    }
+    let message = match state.is_dir() {
+        true => format!("no server keeps its state in {}", state.display()),
+        false => format!(
+            "no server keeps its state in {}: there is no such directory",
+            state.display()
+        ),
+    };
+    Err(Failure::new(Exit::Unreachable, message).hint(
+        "give --state the directory of a controller on this machine; or leave it out, or name a server with --server",
+    ))
+}
+
+/// Neither the file, nor perhaps the directory that it would be in.
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+    )
 }
 
 fn address(text: &str) -> Result<Address, String> {
@@ -245,6 +281,56 @@ mod tests {
         flags.server = Some("flag".to_owned());
         let found = place.locate(&flags, &env).unwrap();
         assert_eq!((found.address.host.as_str(), found.address.port), ("flag", PORT));
+    }
+
+    #[test]
+    fn a_state_directory_that_is_named_is_binding() {
+        let place = Place::new();
+        place.client_file("home/.config/godwit/client.json", "https://home:1");
+        let env = [
+            ("GODWIT_SERVER", PathBuf::from("https://env:1")),
+            ("GODWIT_CA", place.path("ca.pem")),
+            ("GODWIT_TOKEN_FILE", place.path("token")),
+        ];
+        std::fs::create_dir(place.path("empty")).unwrap();
+        // None, an empty one, and a file where the directory would be.
+        for state in ["nowhere", "empty", "token"] {
+            let flags = Flags {
+                state: Some(place.path(state)),
+                ..Flags::default()
+            };
+            for env in [&[][..], &env[..]] {
+                let failure = place.locate(&flags, env).err().unwrap();
+                assert_eq!(failure.exit(), Exit::Unreachable, "{failure:?}");
+                assert!(
+                    failure.message().starts_with("no server keeps its state in"),
+                    "{failure:?}"
+                );
+            }
+            let whole = Flags {
+                server: Some("https://flag:1".to_owned()),
+                ca: Some(place.path("ca.pem")),
+                token_file: Some(place.path("token")),
+                ..flags
+            };
+            assert!(place.locate(&whole, &[]).is_err(), "also where all else is named");
+        }
+    }
+
+    #[test]
+    fn a_variable_that_is_of_no_use_is_not_passed_over() {
+        use std::os::unix::ffi::OsStringExt as _;
+        let place = Place::new();
+        place.client_file("home/.config/godwit/client.json", "https://home:1");
+        let wrong = PathBuf::from(OsString::from_vec(vec![0xff]));
+        for (name, value) in [
+            ("GODWIT_SERVER", wrong),
+            ("GODWIT_SERVER", "http://home:1".into()),
+            ("GODWIT_CA", place.path("nowhere")),
+            ("GODWIT_TOKEN_FILE", place.path("nowhere")),
+        ] {
+            assert!(place.locate(&Flags::default(), &[(name, value)]).is_err(), "{name}");
+        }
     }
 
     #[test]

@@ -74,8 +74,8 @@ impl Host {
                     let path = format!("/v1/hosts/{host}/abandon");
                     session.client.post(&path, &json!({ "machine_is_off": true })).await?
                 } else {
-                    let removed = session.delete(&format!("/v1/hosts/{host}"), &format!("host {host}"));
-                    match removed.await? {
+                    let (path, what) = (format!("/v1/hosts/{host}"), format!("host {host}"));
+                    match session.delete(&path, &what).await? {
                         Some(answer) => answer,
                         None => return Ok(()),
                     }
