@@ -1,5 +1,7 @@
 //! What holds for every request: it was meant for this server, no foreign page made it, and each answer says who gave it.
 
+mod unread;
+
 use std::net::IpAddr;
 
 use axum::{
@@ -14,10 +16,13 @@ use crate::{App, VERSION_HEADER, failure::Failure};
 
 /// Passes a request on if it was meant for this server.
 pub(crate) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
-    let mut response = match meant_for_us(&app, request.uri(), request.headers()) {
-        Ok(()) => next.run(request).await,
-        Err(failure) => failure.into_response(),
-    };
+    let mut response = unread::answered(request, async |request: Request| {
+        match meant_for_us(&app, request.uri(), request.headers()) {
+            Ok(()) => next.run(request).await,
+            Err(failure) => failure.into_response(),
+        }
+    })
+    .await;
     let headers = response.headers_mut();
     headers.insert(VERSION_HEADER, HeaderValue::from_static(env!("CARGO_PKG_VERSION")));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
