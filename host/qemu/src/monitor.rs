@@ -445,10 +445,14 @@ impl Monitor {
     }
 
     async fn cancel_copy(&mut self) -> Result<Result<(), LetGo>, String> {
-        let Some(copy) = &mut self.copy else {
+        if self.copy.is_none() {
             let info = self.ask(qmp::QueryMigrate {}).await?;
-            return Ok(self.tell(outcome(&info)).await);
-        };
+            if info.status == MigrationStatus::default() || info.status.is_over() {
+                return Ok(self.tell(outcome(&info)).await);
+            }
+        }
+        // One that nobody here has attended to yet is given up like any other: until it has ended, nobody may say that it has.
+        let copy = self.copy.get_or_insert_with(|| Copy::begin(Instant::now()));
         copy.cancelled.get_or_insert_with(Instant::now);
         self.ask(qmp::MigrateCancel {}).await?;
         Ok(self.look().await)

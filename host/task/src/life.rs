@@ -73,20 +73,43 @@ impl Task {
                 cause: OffCause::Ordered,
             }),
             Some(condition) => {
-                self.saved.pending = Some(Pending::End);
+                self.saved.pending = Some(Pending::End { grace: Some(grace) });
                 let mut effects = vec![self.save()];
-                // A guest that stands sees no button.
-                if condition == Condition::Standing {
-                    effects.push(Effect::Act(Action::Run));
-                }
-                effects.extend([Effect::Act(Action::PowerButton), Effect::Set(Timer::Grace, grace)]);
+                effects.extend(Self::press(condition));
+                effects.push(Effect::Set(Timer::Grace, grace));
                 effects
             }
         }
     }
 
+    /// Asks the guest to power off.
+    fn press(condition: Condition) -> Vec<Effect> {
+        match condition {
+            Condition::Running => vec![Effect::Act(Action::PowerButton)],
+            // A guest that stands sees no button.
+            Condition::Standing | Condition::Sent => {
+                vec![Effect::Act(Action::Run), Effect::Act(Action::PowerButton)]
+            }
+            // There is no guest that could heed it.
+            Condition::Loading => vec![Effect::Act(Action::Kill)],
+            // Its death follows.
+            Condition::Ended => vec![],
+        }
+    }
+
+    /// The guest had its time, or cannot be asked: it is ended, also if the agent is restarted now.
+    pub(crate) fn grace_over(&mut self) -> Vec<Effect> {
+        match (&self.saved.pending, self.up) {
+            (Some(Pending::End { .. }), Some(_)) => {
+                self.saved.pending = Some(Pending::End { grace: None });
+                vec![self.save(), Effect::Stop(Timer::Grace), Effect::Act(Action::Kill)]
+            }
+            _ => vec![],
+        }
+    }
+
     pub(crate) fn kill(&mut self) -> Vec<Effect> {
-        self.end(Pending::End)
+        self.end(Pending::End { grace: None })
     }
 
     pub(crate) fn remove(&mut self, volumes: Vec<VolumePlace>) -> Vec<Effect> {
@@ -207,7 +230,7 @@ impl Task {
             return self.moving_died(&detail);
         }
         match &self.saved.pending {
-            Some(Pending::End | Pending::Remove { .. }) => self.ended(),
+            Some(Pending::End { .. } | Pending::Remove { .. }) => self.ended(),
             Some(Pending::Start) if self.start_refused.is_some() => match self.start_refused.take() {
                 Some(reason) => self.not_prepared(reason),
                 None => vec![],
@@ -239,6 +262,7 @@ impl Task {
             return self.moving_refused(&text);
         }
         match &self.saved.pending {
+            Some(Pending::End { .. }) => self.grace_over(),
             // Nothing may be left of a start that is refused: it is answered once the process is dead.
             Some(Pending::Start) => {
                 self.start_refused = Some(Refusal::new(Code::HostFailed, text));
@@ -256,9 +280,9 @@ impl Task {
         }
     }
 
-    /// Sets the timer for another try, where the guest should run here, may, and does not.
+    /// Sets the timer for another try, where the guest should run here, may, and does not, or a move waits for what was refused.
     pub(crate) fn try_again(&self) -> Vec<Effect> {
-        match self.stands_wrongly() {
+        match self.stands_wrongly() || !self.moving_asked_again().is_empty() {
             true => vec![Effect::Set(Timer::Retry, RETRY)],
             false => vec![],
         }
@@ -271,7 +295,7 @@ impl Task {
                 Effect::Act(Action::Run),
                 Effect::Act(Action::Announce),
             ],
-            false => vec![],
+            false => self.moving_asked_again(),
         }
     }
 
@@ -301,8 +325,10 @@ impl Task {
                 Power::On if condition == Condition::Running => self.answer(Happening::Running),
                 _ => self.started(),
             },
-            // They are doomed.
-            Some(Pending::End | Pending::Remove { .. }) => vec![],
+            // It has its grace anew: who upgrades an agent does not cut a guest's last words short.
+            Some(Pending::End { .. }) => Self::press(condition),
+            // It is doomed.
+            Some(Pending::Remove { .. }) => vec![],
             Some(Pending::Pause) => vec![Effect::Act(Action::Stand)],
             Some(Pending::Resume) => vec![Effect::Act(Action::Run)],
             Some(Pending::Reboot) => vec![Effect::Act(Action::Reset)],
@@ -330,7 +356,7 @@ impl Task {
         }
         match &self.saved.pending {
             Some(Pending::Start) => vec![self.prepare(Mode::Boot)],
-            Some(Pending::End | Pending::Remove { .. }) => self.ended(),
+            Some(Pending::End { .. } | Pending::Remove { .. }) => self.ended(),
             // The last agent may have died between its last record and clearing away.
             _ if self.saved.power == Power::Off => vec![Effect::Clear],
             _ => self.off(reason.to_owned()),
@@ -343,7 +369,7 @@ impl Task {
             return self.moving_rebooted();
         }
         match &self.saved.pending {
-            Some(Pending::Remove { .. } | Pending::End) => self.ended(),
+            Some(Pending::Remove { .. } | Pending::End { .. }) => self.ended(),
             _ if self.saved.power == Power::Off => vec![self.save()],
             _ => self.off_by_reboot(),
         }

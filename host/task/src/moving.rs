@@ -24,9 +24,11 @@ pub(crate) struct Move {
     /// Destination: where the tunnel listens.
     tunnel_port: Option<u16>,
     /// Source: the copy has been asked for.
-    copying: bool,
+    pub(crate) copying: bool,
     /// Source: how often the release has been said.
     said: u32,
+    /// Source: a restarted agent has asked how the copy is, and has not heard yet.
+    pub(crate) attending: bool,
     /// Source: some of it was copied by now.
     copied_some: bool,
     /// Source: rounds that ended.
@@ -178,7 +180,7 @@ impl Task {
     }
 
     /// Steps the source's rules and carries out what they say.
-    fn source(&mut self, input: SourceInput) -> Vec<Effect> {
+    pub(crate) fn source(&mut self, input: SourceInput) -> Vec<Effect> {
         let Role::Source { state, .. } = &mut self.saved.role else {
             return vec![];
         };
@@ -310,7 +312,7 @@ impl Task {
     }
 
     /// Steps the destination's rules and carries out what they say.
-    fn destination(&mut self, input: DestinationInput) -> Vec<Effect> {
+    pub(crate) fn destination(&mut self, input: DestinationInput) -> Vec<Effect> {
         let Role::Destination { state, .. } = &mut self.saved.role else {
             return vec![];
         };
@@ -436,6 +438,12 @@ impl Task {
 
     /// What the process says about the stream.
     pub(crate) fn moved(&mut self, happened: Happened) -> Vec<Effect> {
+        if matches!(
+            happened,
+            Happened::Copying(_) | Happened::Copied { .. } | Happened::CopyFailed { .. }
+        ) {
+            self.moving.attending = false;
+        }
         match happened {
             Happened::Listening => {
                 self.moving.listening = true;
@@ -551,23 +559,6 @@ impl Task {
         }
     }
 
-    pub(crate) fn moving_refused(&mut self, text: &str) -> Vec<Effect> {
-        match &self.saved.role {
-            Role::Source {
-                state: Source::Copying { .. },
-                ..
-            } if !self.moving.copying => self.source(SourceInput::CopyFailed {
-                reason: Refusal::new(Code::HostFailed, text),
-            }),
-            Role::Source { .. } => self.try_again(),
-            // It is ours, and nobody else's any more: asked again until it runs.
-            Role::Destination { state, .. } if state.may_run() => self.try_again(),
-            _ => self.destination(DestinationInput::GiveUp {
-                reason: text.to_owned(),
-            }),
-        }
-    }
-
     pub(crate) fn moving_timer(&mut self, timer: Timer) -> Vec<Effect> {
         let source = matches!(self.saved.role, Role::Source { .. });
         match timer {
@@ -658,6 +649,7 @@ impl Task {
                 let state = Source::recover(&terms, Some(state), self.boot);
                 self.set_source(state.clone());
                 self.moving.copying = true;
+                self.moving.attending = matches!(state, Source::Copying { .. });
                 match state {
                     Source::Copying { .. } => vec![
                         Effect::Act(Action::Attend),

@@ -2,7 +2,7 @@
 
 use handover::{Destination, Source};
 use model::{
-    BootId, Definition, Epoch, Generation, HostId, Message, OperationId, Revision, Terms, VmId,
+    BootId, Definition, Epoch, Generation, HostId, Message, Millis, OperationId, Revision, Terms, VmId,
     order::{Endpoint, Happening, VolumePlace},
     vm::Power,
 };
@@ -74,8 +74,12 @@ pub enum Role {
 pub enum Pending {
     /// Start it.
     Start,
-    /// End it, gracefully at first or not.
-    End,
+    /// End it.
+    End {
+        /// How long the guest has to power off by itself; `None` once it has no time left, or never had any.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        grace: Option<Millis>,
+    },
     /// Make it stand.
     Pause,
     /// Let it run.

@@ -1,9 +1,9 @@
 //! A process that is looked for, or does not obey: what ends it, however it is, and when it is told to end again.
 
 use driver::Action;
-use handover::{Destination, Source};
+use handover::{Destination, DestinationInput, Source, SourceInput, Standing};
 use model::{
-    Message, Millis,
+    Code, Message, Millis, Refusal,
     order::{Verb, VmOrder},
 };
 
@@ -30,13 +30,18 @@ impl Task {
         vec![Effect::Adopt]
     }
 
-    /// While the process is looked for: a destination's own deadline goes on, also for a process that never answers.
+    /// While the process is looked for: a destination's own deadline goes on, and a guest's grace begins anew, also for a process that
+    /// never answers. How much of either was left nobody knows: a restarted agent has no clock of the last one's.
     pub(crate) fn deadline_of_search(&self) -> Option<Effect> {
         match &self.saved.role {
             Role::Destination {
                 terms,
                 state: Destination::Waiting(_),
             } => Some(Effect::Set(Timer::Deadline, Millis(terms.deadline.0 + MARGIN.0))),
+            Role::Holder => match self.saved.pending {
+                Some(Pending::End { grace: Some(grace) }) => Some(Effect::Set(Timer::Grace, grace)),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -47,7 +52,7 @@ impl Task {
             Role::Source { state, .. } => matches!(state, Source::HandedOver),
             Role::Destination { state, .. } => matches!(state, Destination::Ending { .. } | Destination::Void { .. }),
             Role::None | Role::Holder => match &self.saved.pending {
-                Some(Pending::End | Pending::Remove { .. }) => true,
+                Some(Pending::End { grace: None } | Pending::Remove { .. }) => true,
                 Some(Pending::Start) => self.start_refused.is_some(),
                 _ => false,
             },
@@ -73,6 +78,7 @@ impl Task {
                 }
                 _ => false,
             },
+            (Input::Timer(Timer::Grace), Role::Holder) => matches!(self.saved.pending, Some(Pending::End { .. })),
             (Input::Timer(Timer::Deadline | Timer::Settle), Role::Destination { state, .. }) => waits(state),
             (
                 Input::Peer(peer),
@@ -100,6 +106,42 @@ impl Task {
                 let pause = KILL_AGAIN.0 << before.min(10);
                 vec![Effect::Set(Timer::Retry, Millis(pause.min(KILL_AGAIN_MAX.0)))]
             }
+        }
+    }
+
+    /// What a source whose copy goes on has asked of its process and not got: it may have been refused, as while the monitor was lost.
+    pub(crate) fn moving_asked_again(&self) -> Vec<Effect> {
+        let Role::Source {
+            state: Source::Copying { standing, giving_up },
+            ..
+        } = &self.saved.role
+        else {
+            return vec![];
+        };
+        match (self.up, giving_up, standing) {
+            (None, _, _) => vec![],
+            _ if self.recovering || !self.moving.copying => vec![],
+            (_, Some(_), _) => vec![Effect::Act(Action::CancelCopy)],
+            _ if self.moving.attending => vec![Effect::Act(Action::Attend)],
+            (_, None, Standing::Asked) => vec![Effect::Act(Action::Stand)],
+            _ => vec![],
+        }
+    }
+
+    pub(crate) fn moving_refused(&mut self, text: &str) -> Vec<Effect> {
+        match &self.saved.role {
+            Role::Source {
+                state: Source::Copying { .. },
+                ..
+            } if !self.moving.copying => self.source(SourceInput::CopyFailed {
+                reason: Refusal::new(Code::HostFailed, text),
+            }),
+            Role::Source { .. } => self.try_again(),
+            // It is ours, and nobody else's any more: asked again until it runs.
+            Role::Destination { state, .. } if state.may_run() => self.try_again(),
+            _ => self.destination(DestinationInput::GiveUp {
+                reason: text.to_owned(),
+            }),
         }
     }
 }

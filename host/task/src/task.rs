@@ -90,6 +90,10 @@ impl Task {
             // Not known yet: as it was when the last agent knew it.
             (_, None) if self.recovering && self.saved.power == Power::On => Happening::Running,
             (_, None) if self.recovering && self.saved.power == Power::Paused => Happening::Paused,
+            // It was there when it was told to end, or the order would be answered.
+            (Role::Holder, None) if self.recovering && matches!(self.saved.pending, Some(Pending::End { .. })) => {
+                Happening::Running
+            }
             (_, Some(Condition::Running)) => Happening::Running,
             (_, Some(_)) => Happening::Paused,
             (_, None) => match &self.saved.answer {
@@ -218,7 +222,7 @@ impl Task {
             _ if moving => Some("it is being moved"),
             Some(_) if ends => None,
             Some(Pending::Start) => Some("it is being started"),
-            Some(Pending::End | Pending::Remove { .. }) => Some("it is being ended"),
+            Some(Pending::End { .. } | Pending::Remove { .. }) => Some("it is being ended"),
             Some(Pending::Pause | Pending::Resume | Pending::Reboot) => Some("another order is being carried out"),
             None => None,
         };
@@ -428,10 +432,7 @@ impl Task {
 
     fn timer(&mut self, timer: Timer) -> Vec<Effect> {
         match timer {
-            Timer::Grace => match (&self.saved.pending, self.up) {
-                (Some(Pending::End), Some(_)) => vec![Effect::Act(Action::Kill)],
-                _ => vec![],
-            },
+            Timer::Grace => self.grace_over(),
             Timer::Retry if self.is_doomed() => match self.up {
                 Some(_) => vec![Effect::Act(Action::Kill)],
                 None => vec![],

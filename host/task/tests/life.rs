@@ -154,6 +154,71 @@ fn a_guest_that_does_not_heed_the_button_is_ended_after_its_grace() {
 }
 
 #[test]
+fn a_guest_that_is_powering_off_keeps_its_grace_when_the_agent_is_restarted() {
+    for paused in [false, true] {
+        let mut machine = after(&[start()]);
+        if paused {
+            machine.order(order(1, 2, Verb::Pause));
+            machine.settle();
+        }
+        machine.heeds = false;
+        machine.order(order(1, 3, stop()));
+        while machine.turn() {}
+        machine.task = None;
+        machine.inputs.clear();
+        machine.timers.clear();
+        machine.restart(false);
+        assert!(!ends(&machine), "it is not ended though it does not answer yet");
+        assert_eq!(machine.seen(), Happening::Running, "nobody may take it for off");
+        while machine.turn() {}
+        assert_eq!(machine.process, Some(Condition::Running), "its time is not over");
+        // It powers off at last, in its own time.
+        let mut heeding = after(&[start()]);
+        heeding.heeds = false;
+        heeding.order(order(1, 2, stop()));
+        while heeding.turn() {}
+        heeding.task = None;
+        heeding.heeds = true;
+        heeding.restart(false);
+        while heeding.turn() {}
+        assert!(heeding.process.is_none() && off(&heeding.seen()), "it is asked again");
+        // Or it does not, and its time is over once more; a restart then changes nothing.
+        assert!(machine.timer());
+        machine.clings = 1;
+        machine.turn();
+        assert!(!machine.timers.contains(&task::Timer::Grace));
+        machine.task = None;
+        machine.restart(false);
+        machine.settle();
+        assert!(machine.process.is_none() && off(&machine.seen()));
+    }
+}
+
+#[test]
+fn the_grace_of_a_deaf_process_ends_too() {
+    let mut machine = after(&[start()]);
+    machine.heeds = false;
+    machine.order(order(1, 2, stop()));
+    while machine.turn() {}
+    machine.task = None;
+    machine.timers.clear();
+    machine.restart(false);
+    machine.inputs.clear();
+    assert!(machine.timer(), "its grace is counted though it does not answer");
+    machine.turn();
+    assert!(ends(&machine));
+}
+
+#[test]
+fn a_stop_that_an_older_agent_wrote_down_is_carried_on() {
+    let machine = after(&[start()]);
+    let mut written = serde_json::to_value(machine.journal.expect("a record")).expect("a value");
+    written["pending"] = serde_json::json!({"pending": "end"});
+    let read: task::Saved = serde_json::from_value(written).expect("it is read");
+    assert_eq!(read.pending, Some(task::Pending::End { grace: None }));
+}
+
+#[test]
 fn a_guest_that_powers_off_or_dies_is_told_of_with_the_cause() {
     let mut machine = after(&[start()]);
     machine

@@ -9,7 +9,7 @@ use model::{
     Message,
     order::{Happening, Verb},
 };
-use task::{Input, Missed, Peer, Role, TunnelEvent};
+use task::{Input, Missed, Peer, Role, Timer, TunnelEvent};
 
 /// Two machines, and the copy between them.
 struct Pair {
@@ -349,6 +349,47 @@ fn whichever_host_is_to_run_it_asks_again_when_its_hypervisor_refuses() {
 }
 
 /// Hears inputs at one machine and gives back the words it says.
+#[test]
+fn a_stand_a_look_or_a_cancel_that_is_refused_is_asked_again() {
+    // What stands the guest.
+    let mut pair = Pair::new();
+    pair.a.denies = 3;
+    for _ in 0..50 {
+        pair.control();
+        while pair.a.turn() | pair.b.turn() {
+            pair.route();
+        }
+        if pair.a.timers.remove(&Timer::Retry) {
+            pair.a.inputs.push_back(Input::Timer(Timer::Retry));
+        }
+    }
+    assert_eq!((pair.runs(), pair.a.denies), ([false, true], 0));
+    // What a restarted agent asks of the copy, and a cancel.
+    for cancelled in [false, true] {
+        let mut machine = source(false);
+        machine.task = None;
+        machine.inputs.clear();
+        machine.timers.clear();
+        machine.denies = 2;
+        machine.restart(false);
+        if cancelled {
+            machine.order(order(1, 4, Verb::Cancel { terms: terms() }));
+        }
+        for _ in 0..10 {
+            while machine.turn() {}
+            if machine.timers.remove(&Timer::Retry) {
+                machine.inputs.push_back(Input::Timer(Timer::Retry));
+            }
+        }
+        assert_eq!(machine.denies, 0, "cancelled: {cancelled}");
+        let asked = machine
+            .outside
+            .iter()
+            .any(|wish| matches!(wish, Outside::CopyCancelled));
+        assert!(asked, "cancelled: {cancelled}");
+    }
+}
+
 fn said(machine: &mut Machine, inputs: Vec<Input>) -> Vec<Message> {
     machine.inputs.extend(inputs);
     while machine.turn() {}

@@ -150,6 +150,8 @@ pub(crate) struct Machine {
     pub(crate) refuses: u32,
     /// Times that it refuses to end the process.
     pub(crate) clings: u32,
+    /// Times that it refuses what is asked about a copy.
+    pub(crate) denies: u32,
     /// Pauses before it was told to do something again.
     pub(crate) pauses: Vec<Millis>,
     /// Effects until it dies.
@@ -188,6 +190,7 @@ impl Machine {
             heeds: true,
             refuses: 0,
             clings: 0,
+            denies: 0,
             pauses: vec![],
             dies_in: None,
             effects: 0,
@@ -342,6 +345,13 @@ impl Machine {
                 assert_ne!(condition, Condition::Loading, "run while its state is loading");
                 self.process = Some(Condition::Running);
                 self.tell(Happened::Running { at_ms: 1 });
+            }
+            Action::Stand | Action::Attend | Action::CancelCopy if self.denies > 0 => {
+                self.denies -= 1;
+                self.tell(Happened::Refused {
+                    action: "asking QEMU",
+                    reason: "its monitor is lost".to_owned(),
+                });
             }
             Action::Stand => {
                 self.process = Some(Condition::Standing);
