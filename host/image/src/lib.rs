@@ -19,10 +19,12 @@
 
 pub mod debian;
 mod import;
+mod iso;
 pub mod micro;
 mod pool;
 pub mod process;
 mod qcow2;
+pub mod seed;
 mod vet;
 mod volume;
 

@@ -64,6 +64,8 @@ pub(super) const FILES: &[(&str, &str)] = &[
 const CLOUD: &str = "\
 datasource_list: [ NoCloud, None ]
 manage_etc_hosts: true
+ssh_pwauth: false
+ssh_genkeytypes: [ ed25519, ecdsa, rsa ]
 system_info:
   network:
     renderers: [ networkd ]

@@ -1,0 +1,310 @@
+//! NoCloud seeds: a small read-only disk from which cloud-init learns a VM's name, addresses and keys at its first start.
+//!
+//! Source: cloud-init's documentation, "NoCloud" and "Networking config Version 2". All text is written as JSON by a
+//! serialiser, which is YAML too, so that nothing given can become structure. Keys travel in the meta-data: the user-data is
+//! the person's own, byte by byte.
+
+use crate::iso::{self, Member};
+use model::Mac;
+use serde_json::{Map, Value, json};
+use std::net::{IpAddr, Ipv4Addr};
+
+/// Largest user-data, bytes.
+pub const USER_DATA_BYTES_MAX: usize = 64 << 10;
+/// Most SSH keys.
+pub const SSH_KEYS_MAX: usize = 32;
+/// Longest SSH key, bytes: an RSA key of 16384 bits, and a comment.
+pub const SSH_KEY_BYTES_MAX: usize = 4 << 10;
+/// Longest host name (RFC 1123, section 2.1), and longest part of it.
+const HOSTNAME_BYTES_MAX: usize = 253;
+const LABEL_BYTES_MAX: usize = 63;
+const PORTS_MAX: usize = 16;
+const DNS_MAX: usize = 8;
+/// Kinds of keys that OpenSSH knows (sshd(8), AUTHORIZED_KEYS FILE FORMAT). DSA is dead.
+const KEY_KINDS: [&str; 7] = [
+    "ssh-ed25519",
+    "ssh-rsa",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+];
+/// The volume's label, by which cloud-init finds it.
+const LABEL: &str = "cidata";
+
+/// What a guest is told of itself.
+#[derive(Clone)]
+pub struct Seed {
+    /// Another one makes cloud-init take the guest for a new machine: the VM's id.
+    pub instance_id: String,
+    /// Its host name.
+    pub hostname: String,
+    /// Public keys of the people who may log in as the image's user, as in `authorized_keys`, without options.
+    pub ssh_keys: Vec<String>,
+    /// For cloud-init, as it is; `None` for nothing. A secret: people put passwords here.
+    pub user_data: Option<Vec<u8>>,
+    /// Its network cards.
+    pub ports: Vec<SeedPort>,
+}
+
+/// A network card, found by its hardware address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeedPort {
+    /// Its hardware address.
+    pub mac: Mac,
+    /// Its address.
+    pub ip: Ipv4Addr,
+    /// Prefix length of its subnet, 0 to 32.
+    pub prefix: u8,
+    /// The way out.
+    pub gateway: Option<Ipv4Addr>,
+    /// Largest packet, bytes.
+    pub mtu: u16,
+    /// Name servers.
+    pub dns: Vec<IpAddr>,
+}
+
+/// Why there is no seed. User-data is never repeated in a message.
+#[derive(Debug, thiserror::Error)]
+pub enum SeedError {
+    /// No name of a host.
+    #[error("{0:?} is no host name; use letters, digits, hyphens and dots, at most 63 between dots and 253 in all")]
+    Hostname(String),
+    /// No id.
+    #[error("{0:?} is no instance id; use 1 to 64 letters, digits and hyphens")]
+    InstanceId(String),
+    /// Not a public key.
+    #[error("SSH key {number} {problem}; give one line as in a .pub file")]
+    SshKey {
+        /// Which, from 1.
+        number: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Too much of something.
+    #[error("{given} {what} are too many; at most {limit} are possible")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there are.
+        given: usize,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// A prefix beyond 32.
+    #[error("/{0} is no prefix of an IPv4 subnet")]
+    Prefix(u8),
+}
+
+impl Seed {
+    /// The seed as an ISO 9660 image with Rock Ridge names: `meta-data`, `user-data`, `network-config`.
+    ///
+    /// # Errors
+    /// See [`SeedError`]: everything is judged before anything is made.
+    pub fn iso(&self) -> Result<Vec<u8>, SeedError> {
+        self.check()?;
+        let user_data = self.user_data.as_deref().unwrap_or(b"#cloud-config\n{}\n");
+        let (meta_data, network_config) = (text(&self.meta_data()), text(&self.network_config()));
+        let member = |plain, name, content| Member { plain, name, content };
+        Ok(iso::image(
+            LABEL,
+            &[
+                member("META_DAT", "meta-data", &meta_data),
+                member("NETWORK_", "network-config", &network_config),
+                member("USER_DAT", "user-data", user_data),
+            ],
+        ))
+    }
+
+    fn check(&self) -> Result<(), SeedError> {
+        let id_fits = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if !(1..=64).contains(&self.instance_id.len()) || !self.instance_id.chars().all(id_fits) {
+            return Err(SeedError::InstanceId(self.instance_id.clone()));
+        }
+        if !is_hostname(&self.hostname) {
+            return Err(SeedError::Hostname(self.hostname.clone()));
+        }
+        let dns = self.ports.iter().map(|port| port.dns.len()).max().unwrap_or(0);
+        let bytes = self.user_data.as_ref().map_or(0, Vec::len);
+        for (what, given, limit) in [
+            ("SSH keys", self.ssh_keys.len(), SSH_KEYS_MAX),
+            ("bytes of user-data", bytes, USER_DATA_BYTES_MAX),
+            ("network cards", self.ports.len(), PORTS_MAX),
+            ("name servers", dns, DNS_MAX),
+        ] {
+            if given > limit {
+                return Err(SeedError::TooMany { what, given, limit });
+            }
+        }
+        for (index, key) in self.ssh_keys.iter().enumerate() {
+            check_key(key).map_err(|problem| SeedError::SshKey {
+                number: index + 1,
+                problem,
+            })?;
+        }
+        match self.ports.iter().find(|port| port.prefix > 32) {
+            Some(port) => Err(SeedError::Prefix(port.prefix)),
+            None => Ok(()),
+        }
+    }
+
+    fn meta_data(&self) -> Value {
+        json!({
+            "instance-id": self.instance_id,
+            "local-hostname": self.hostname,
+            "public-keys": self.ssh_keys,
+        })
+    }
+
+    fn network_config(&self) -> Value {
+        let cards = self.ports.iter().enumerate().map(|(index, port)| {
+            let mut card = json!({
+                "match": {"macaddress": port.mac.to_string()},
+                "dhcp4": false,
+                "dhcp6": false,
+                "mtu": port.mtu,
+                "addresses": [format!("{}/{}", port.ip, port.prefix)],
+            });
+            if let Some(gateway) = port.gateway {
+                // Not `default`: cloud-init of Debian 12 does not know that word.
+                card["routes"] = json!([{"to": "0.0.0.0/0", "via": gateway}]);
+            }
+            if !port.dns.is_empty() {
+                card["nameservers"] = json!({"addresses": port.dns});
+            }
+            (format!("net{index}"), card)
+        });
+        json!({"version": 2, "ethernets": cards.collect::<Map<String, Value>>()})
+    }
+}
+
+/// A host name as people give it.
+#[must_use]
+pub fn is_hostname(name: &str) -> bool {
+    let sound = |label: &str| {
+        (1..=LABEL_BYTES_MAX).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= HOSTNAME_BYTES_MAX && name.split('.').all(sound)
+}
+
+fn check_key(key: &str) -> Result<(), &'static str> {
+    if key.len() > SSH_KEY_BYTES_MAX {
+        return Err("is longer than 4096 bytes");
+    }
+    if key.chars().any(char::is_control) {
+        return Err("is more than one line");
+    }
+    if key.contains("PRIVATE KEY") {
+        return Err("is a private key, which nobody else should see");
+    }
+    let mut words = key.split_ascii_whitespace();
+    if !words.next().is_some_and(|kind| KEY_KINDS.contains(&kind)) {
+        return Err("is of no kind that OpenSSH takes");
+    }
+    let is_base64 = |word: &str| {
+        word.starts_with("AAAA")
+            && word
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'='))
+    };
+    if words.next().is_some_and(is_base64) {
+        Ok(())
+    } else {
+        Err("has no key after its kind")
+    }
+}
+
+fn text(value: &Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iso::SECTOR;
+    use crate::process::Run;
+    use std::time::Duration;
+
+    const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIL0 me: \"here\" #x";
+
+    fn seed() -> Seed {
+        Seed {
+            instance_id: "0190-ab".into(),
+            hostname: "web1.example".into(),
+            ssh_keys: vec![KEY.into()],
+            user_data: Some(b"#!/bin/sh\necho '\xff: {'\n".to_vec()),
+            ports: vec![SeedPort {
+                mac: Mac([0x52, 0x54, 0, 1, 2, 3]),
+                ip: [10, 91, 0, 7].into(),
+                prefix: 24,
+                gateway: Some([10, 91, 0, 1].into()),
+                mtu: 1450,
+                dns: vec![[10, 91, 0, 1].into()],
+            }],
+        }
+    }
+
+    /// util-linux finds the label as the guest's udev does; the files stand at whole sectors, as given.
+    #[test]
+    fn the_image_has_the_label_the_names_and_the_bytes() {
+        let image = seed().iso().unwrap();
+        assert_eq!(image.len() % SECTOR, 0);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &image).unwrap();
+        let probe = Run::new("blkid", Duration::from_secs(20))
+            .args(["-p", "-o", "export"])
+            .arg(file.path());
+        let probed = String::from_utf8(probe.output().unwrap()).unwrap();
+        assert!(
+            probed.contains("LABEL=cidata") && probed.contains("TYPE=iso9660"),
+            "{probed}"
+        );
+        let has = |bytes: &[u8]| image.windows(bytes.len()).any(|window| window == bytes);
+        assert!(
+            ["meta-data", "user-data", "network-config"]
+                .iter()
+                .all(|name| has(name.as_bytes()))
+        );
+        let user_data = seed().user_data.unwrap();
+        assert!(image.chunks(SECTOR).any(|sector| sector.starts_with(&user_data)));
+    }
+
+    #[test]
+    fn what_is_given_stays_text() {
+        let seed = seed();
+        let meta: Value = serde_json::from_slice(&text(&seed.meta_data())).unwrap();
+        assert_eq!(meta["public-keys"][0], KEY);
+        let network = seed.network_config();
+        let card = &network["ethernets"]["net0"];
+        assert_eq!(card["match"]["macaddress"], "52:54:00:01:02:03");
+        assert_eq!(card["addresses"], json!(["10.91.0.7/24"]));
+        assert_eq!(card["routes"], json!([{"to": "0.0.0.0/0", "via": "10.91.0.1"}]));
+        assert_eq!(card["nameservers"]["addresses"], json!(["10.91.0.1"]));
+    }
+
+    #[test]
+    fn bad_names_keys_and_sizes_are_refused_and_user_data_is_not_told() {
+        let refused = |change: fn(&mut Seed)| {
+            let mut seed = seed();
+            change(&mut seed);
+            seed.iso().unwrap_err().to_string()
+        };
+        let names = ["", "a\nb", "a b", "-a", "a-", "a..b", "a_b", "ä", "a: b"];
+        assert!(names.iter().all(|name| !is_hostname(name)));
+        assert!(!is_hostname(&"a".repeat(64)) && is_hostname("a1.b-c"));
+        assert!(refused(|seed| seed.hostname = "a\nruncmd: [x]".into()).contains("no host name"));
+        assert!(refused(|seed| seed.instance_id = "a\n".into()).contains("no instance id"));
+        assert!(refused(|seed| seed.ssh_keys.push("ssh-rsa AAAA\nssh-rsa AAAA".into())).contains("key 2"));
+        assert!(refused(|seed| seed.ssh_keys = vec!["-----BEGIN OPENSSH PRIVATE KEY-----".into()]).contains("private"));
+        assert!(refused(|seed| seed.ssh_keys = vec!["command=\"x\" ssh-rsa AAAA".into()]).contains("no kind"));
+        assert!(refused(|seed| seed.ssh_keys = vec!["ssh-ed25519 x".into()]).contains("no key"));
+        assert!(refused(|seed| seed.ssh_keys = vec![KEY.into(); SSH_KEYS_MAX + 1]).contains("at most 32"));
+        assert!(refused(|seed| seed.ports[0].prefix = 33).contains("/33"));
+        let told = refused(|seed| seed.user_data = Some(vec![b'x'; USER_DATA_BYTES_MAX + 1]));
+        assert!(told.contains("65537 bytes") && !told.contains("xxx"), "{told}");
+    }
+}
