@@ -20,8 +20,6 @@ use crate::{
     txn::{Txn, target},
 };
 
-/// Most pools of a host: one compromised agent must not fill the world.
-const POOLS_MAX: usize = 64;
 /// Longest life of a join token.
 const TOKEN_LIFE_MAX: Millis = Millis::seconds(30 * 24 * 3600);
 /// A host's bad reports are told to people at most this often.
@@ -206,10 +204,8 @@ pub(crate) fn facts(txn: &mut Txn<'_>, host: HostId, facts: &HostFacts) {
     let Some(row) = txn.world().host(host) else { return };
     let before = row.status.facts.as_ref().map(|facts| facts.boot);
     let rebooted = before.is_some_and(|boot| boot != facts.boot);
-    let mut facts = facts.clone();
-    facts.pools.truncate(POOLS_MAX);
     see_pools(txn, host, &facts.pools);
-    txn.edit_host(host, |row| row.status.facts = Some(facts));
+    txn.edit_host(host, |row| row.status.facts = Some(facts.clone()));
     if rebooted {
         txn.notice_host(host, "host.rebooted", String::new());
         let vms: Vec<VmId> = txn.world().index.vms_on(host).collect();

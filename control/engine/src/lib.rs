@@ -27,6 +27,7 @@ mod cancel;
 mod capacity;
 mod create;
 mod definition;
+mod heard;
 mod hosts;
 mod index;
 mod lifecycle;
@@ -62,7 +63,7 @@ pub fn step(world: &mut World, event: Event, now: Timestamp) -> Vec<Effect> {
         Event::Disconnected(host) => hosts::disconnected(&mut txn, host),
         // A host that was removed, or never joined, has nothing to say.
         Event::Report(host, _) if txn.world().host(host).is_none() => {}
-        Event::Report(host, report) => match *report {
+        Event::Report(host, report) => match heard::bounded(*report) {
             Report::Facts(facts) => hosts::facts(&mut txn, host, &facts),
             Report::Inventory { vms } => hosts::inventory(&mut txn, host, &vms, (None, None)),
             Report::InventoryPart { vms, after, up_to } => hosts::inventory(&mut txn, host, &vms, (after, up_to)),

@@ -11,6 +11,7 @@ use model::{
 use crate::{
     create, definition, hosts,
     placement::{self, Need},
+    reports,
     request::{self, Decision, Fresh, refuse},
     txn::Txn,
     world::World,
@@ -47,6 +48,14 @@ pub(crate) fn start(txn: &mut Txn<'_>, request: &Request, reference: &Reference)
         VmState::Provisioning | VmState::Suspended => {
             return Err(wrong(vm, "start", "wait until its host has answered, then start it"));
         }
+    }
+    if vm
+        .status
+        .host
+        .is_some_and(|host| reports::deletion(world, host, vm.id).is_some())
+    {
+        let hint = "its host has not yet answered the order to delete it; delete it again, or wait";
+        return Err(wrong(vm, "start", hint));
     }
     let need = Need::of(world, vm);
     let plan = placement::plan(world, &need, None, |_| Vec::new());

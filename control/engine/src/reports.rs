@@ -20,6 +20,8 @@ struct Said<'r> {
     what: &'r Happening,
     /// Part of an inventory: how it is now, not how it once became.
     inventory: bool,
+    /// It answers an order to delete the VM with its disks.
+    deletes: bool,
 }
 
 /// How the host that speaks stands to the VM, at the generation of which it speaks.
@@ -49,6 +51,7 @@ pub(crate) fn vm(txn: &mut Txn<'_>, host: HostId, report: &VmReport) {
             operation: report.operation,
             what: &report.what,
             inventory: false,
+            deletes: false,
         },
     );
 }
@@ -65,15 +68,20 @@ pub(crate) fn observed(txn: &mut Txn<'_>, host: HostId, observed: &VmObserved) {
             operation: None,
             what: &observed.what,
             inventory: true,
+            deletes: false,
         },
     );
 }
 
 fn hear(txn: &mut Txn<'_>, said: &Said<'_>) {
+    let deletes = deletion(txn.world(), said.host, said.vm).is_some_and(|order| order.revision <= said.revision);
+    let said = &Said { deletes, ..*said };
     answered(txn, said);
     let Some(vm) = txn.world().vm(said.vm) else {
         // A VM that was deleted: its host says so again, or how an earlier stay ended there.
-        if !is_gone(said.what) {
+        if said.inventory && matches!(said.what, Happening::Off { .. }) {
+            forget(txn, said, said.revision.next());
+        } else if !is_gone(said.what) {
             let detail = format!("it told of VM {}, which is not known; look at that host", said.vm);
             hosts::complain(txn, said.host, detail);
         }
@@ -112,6 +120,15 @@ fn answered(txn: &mut Txn<'_>, said: &Said<'_>) {
     if done {
         txn.delete(Key::Outbox(said.host, Subject::Vm(said.vm)));
     }
+}
+
+/// The order to delete a VM with its disks that a host has not answered.
+pub(crate) fn deletion(world: &World, host: HostId, vm: VmId) -> Option<&VmOrder> {
+    let row = world.outbox.get(&(host, Subject::Vm(vm)))?;
+    let Order::Vm(order) = &row.order else { return None };
+    // What clears away a copy is on behalf of no operation.
+    let deletes = matches!(order.verb, Verb::Remove { .. }) && order.operation != OperationId(Uuid::nil());
+    deletes.then_some(order)
 }
 
 /// Words of an earlier move between the same hosts do not count for this one.
@@ -159,7 +176,9 @@ fn stranger(txn: &mut Txn<'_>, said: &Said<'_>) {
         .vm(said.vm)
         .is_some_and(|vm| said.generation < vm.status.generation);
     let gone = is_gone(said.what);
-    if past && said.inventory && !gone {
+    // What is off takes no memory, but its record, its log and its place in every inventory.
+    let is_left = !gone || matches!(said.what, Happening::Off { .. });
+    if past && said.inventory && is_left {
         return clear_leftover(txn, said);
     }
     if !past && !gone {
@@ -180,8 +199,13 @@ fn clear_leftover(txn: &mut Txn<'_>, said: &Said<'_>) {
     let Some(revision) = txn.world().vm(said.vm).map(|vm| vm.status.ordered.next()) else {
         return;
     };
-    let epoch = txn.transient().epoch;
     txn.edit_vm(said.vm, |vm| vm.status.ordered = revision);
+    forget(txn, said, revision);
+}
+
+/// Orders a host to forget what it has of a VM. Its disks are not touched.
+fn forget(txn: &mut Txn<'_>, said: &Said<'_>, revision: Revision) {
+    let epoch = txn.transient().epoch;
     txn.send_kept(
         said.host,
         Order::Vm(Box::new(VmOrder {
@@ -454,6 +478,8 @@ fn removed(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing) {
             txn.finish(id, OperationState::Succeeded);
         }
         Some(_) => {}
+        // Its operation was out of time.
+        None if said.deletes => lifecycle::erase(txn, said.vm),
         None => {
             let detail = "nothing of it is left there".to_owned();
             let what = Happening::Off {
@@ -535,6 +561,7 @@ fn lost(txn: &mut Txn<'_>, host: HostId, vm: VmId, cause: &OffCause, why: &str) 
             operation: None,
             what: &what,
             inventory: true,
+            deletes: false,
         };
         let standing = standing(row, &said);
         means(txn, &said, standing, false);
@@ -567,16 +594,6 @@ pub(crate) fn progress(txn: &mut Txn<'_>, host: HostId, id: OperationId, progres
     };
     let project = operation.project;
     if own {
-        txn.progress(id, project, bounded(progress));
+        txn.progress(id, project, progress);
     }
-}
-
-/// Longest text of a progress report, characters.
-const DOING_MAX: usize = 200;
-
-fn bounded(mut progress: Progress) -> Progress {
-    if progress.doing.chars().count() > DOING_MAX {
-        progress.doing = progress.doing.chars().take(DOING_MAX).collect();
-    }
-    progress
 }

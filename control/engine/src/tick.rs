@@ -55,6 +55,13 @@ fn expire(txn: &mut Txn<'_>, operation: &Operation) {
         OperationKind::KillVm => {
             txn.fail(id, late(format!("look at {by}; the VM is ended as soon as it answers")));
         }
+        // Part of its disks may be gone already: it is finished, not left half.
+        OperationKind::DeleteVm => {
+            txn.fail(
+                id,
+                late(format!("look at {by}; the VM is deleted as soon as it answers")),
+            );
+        }
         _ => {
             if let Some(host) = host {
                 txn.withdraw(host, vm);
