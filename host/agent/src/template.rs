@@ -1,22 +1,30 @@
 //! Templates: their blobs are fetched from the controller into a pool, and disks vetted before anything is made from them.
+//!
+//! Invariant: an import deletes no blob, however it ends. Templates share blobs, also while they are imported; only the controller knows
+//! which of them nobody has any more, and orders their end. A stranger's disk is no blob before it is converted.
 
 use std::{
     collections::BTreeSet,
+    io::Read,
+    path::Path,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, StatusCode};
-use image::{ImportError, ImportLimits};
+use image::{ImportError, ImportLimits, ReceiveError};
 use model::{
-    Code, Digest, OperationId, PoolId, Refusal, Report, TemplateId,
+    Code, Digest, Name, OperationId, PoolId, Refusal, Report, TemplateId,
     operation::Progress,
     order::{TemplateOrder, TemplateReport, TemplateVerb},
     storage::Format,
     template::{Blob, Content, Disk, IMPORT_MAX},
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit, mpsc},
+    time::timeout,
+};
 use wire::session::BLOBS_PATH;
 
 use crate::shared::{NamedPool, Shared, lock};
@@ -34,12 +42,39 @@ const CONVERT_MAX: Duration = Duration::from_secs(1200);
 // The controller waits longer: a disk that comes after it gave up was converted for nothing.
 const _: () = assert!(CONVERT_MAX.as_millis() < IMPORT_MAX.0 as u128);
 
+/// Disks that one host takes in at once: each keeps a processor and the pool busy for minutes.
+const IMPORTS_MAX: usize = 2;
+/// How long a disk waits for its turn. With the longest conversion it is still within what the controller waits.
+const TURN_MAX: Duration = Duration::from_secs(300);
+const _: () = assert!(TURN_MAX.as_millis() + CONVERT_MAX.as_millis() < IMPORT_MAX.0 as u128);
+
 /// Which order: the same one is carried out once at a time.
 type Which = (TemplateId, OperationId);
 
 /// The orders about templates that are being carried out.
 #[derive(Debug, Default)]
 pub(crate) struct Running(Mutex<BTreeSet<Which>>);
+
+/// The turns of disks that are to be taken in.
+#[derive(Debug)]
+pub(crate) struct Turns(Semaphore);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Semaphore::new(IMPORTS_MAX))
+    }
+}
+
+impl Turns {
+    /// Waits for a turn, which lasts until what is returned is dropped.
+    async fn begin(&self, within: Duration) -> Result<SemaphorePermit<'_>, Refusal> {
+        let turn = timeout(within, self.0.acquire()).await;
+        turn.ok().and_then(Result::ok).ok_or_else(|| {
+            let text = format!("this host takes in {IMPORTS_MAX} disks at once, and none of them was done in time");
+            Refusal::new(Code::Overloaded, text).hint("import it again when the others are done")
+        })
+    }
+}
 
 /// An order that is being carried out: until this is dropped, the same one is not begun again.
 struct Run<'r>(&'r Running, Which);
@@ -96,71 +131,100 @@ pub(crate) fn named(shared: &Shared, pool: PoolId) -> Result<Arc<NamedPool>, Ref
     })
 }
 
-/// Fetches a template's blobs and takes its disk in; what it holds then. What was fetched for nothing is removed.
+/// Fetches a template's blobs and takes its disk in; what it holds then.
 async fn fetch(
     shared: &Arc<Shared>,
     operation: model::OperationId,
     pool: PoolId,
-    content: Content,
+    mut content: Content,
 ) -> Result<Content, Refusal> {
     let into = named(shared, pool)?;
-    let mut fetched = vec![];
-    let taken = fetch_into(shared, operation, &into, content, &mut fetched).await;
-    if taken.is_err() {
-        for digest in fetched {
-            if let Err(why) = delete_blob(&into, digest).await {
-                tracing::warn!(%digest, why = why.message, "a refused blob was not removed");
-            }
-        }
-    }
-    taken
-}
-
-/// As [`fetch`]; `fetched` has what was not there before, however it ends.
-async fn fetch_into(
-    shared: &Arc<Shared>,
-    operation: model::OperationId,
-    into: &Arc<NamedPool>,
-    mut content: Content,
-    fetched: &mut Vec<Digest>,
-) -> Result<Content, Refusal> {
-    for blob in content.blobs().collect::<Vec<_>>() {
-        let progress = Progress {
-            doing: "fetching".to_owned(),
-            remaining_bytes: Some(blob.size_bytes),
-            ..Progress::default()
-        };
-        shared.progress(operation, progress);
-        if fetch_blob(shared, into, blob).await? {
-            fetched.push(blob.digest);
-        }
+    let disk = content.disk.map(|disk| disk.blob);
+    for blob in content.blobs().filter(|blob| Some(*blob) != disk).collect::<Vec<_>>() {
+        shared.progress(operation, fetching(blob));
+        fetch_blob(shared, &into, blob).await?;
     }
     if let Some(disk) = content.disk {
-        shared.progress(
-            operation,
-            Progress {
-                doing: "vetting the disk".to_owned(),
-                ..Progress::default()
-            },
-        );
-        let pool = Arc::clone(into);
-        let converted = tokio::task::spawn_blocking(move || take_in(&pool, disk)).await;
-        content.disk = Some(converted.map_err(|_| Refusal::new(Code::HostFailed, "vetting the disk broke off"))??);
+        let _turn = shared.imports.begin(TURN_MAX).await?;
+        content.disk = Some(fetch_disk(shared, operation, &into, disk).await?);
     }
     Ok(content)
 }
 
-/// Vets a disk and converts it, so that nothing of a stranger's structure survives. A blob that is our own conversion already stays.
-fn take_in(pool: &NamedPool, disk: Disk) -> Result<Disk, Refusal> {
+fn fetching(blob: Blob) -> Progress {
+    Progress {
+        doing: "fetching".to_owned(),
+        remaining_bytes: Some(blob.size_bytes),
+        ..Progress::default()
+    }
+}
+
+/// Fetches a stranger's disk and takes it in; nothing is left of it as it came.
+async fn fetch_disk(
+    shared: &Arc<Shared>,
+    operation: model::OperationId,
+    into: &Arc<NamedPool>,
+    disk: Disk,
+) -> Result<Disk, Refusal> {
+    let vetting = {
+        let shared = Arc::clone(shared);
+        move || {
+            let doing = "vetting the disk".to_owned();
+            let progress = Progress {
+                doing,
+                ..Progress::default()
+            };
+            shared.progress(operation, progress);
+        }
+    };
+    if is_there(into, disk.blob).await? {
+        vetting();
+        let pool = Arc::clone(into);
+        let converted = tokio::task::spawn_blocking(move || {
+            let source = pool.pool.blob_path(disk.blob.digest);
+            convert(&pool.pool, &source, disk)
+        });
+        return converted
+            .await
+            .map_err(|_| Refusal::new(Code::HostFailed, "vetting the disk broke off"))?;
+    }
+    shared.progress(operation, fetching(disk.blob));
+    let name = into.name.clone();
+    let take = move |pool: &image::Pool, pieces: &mut Pieces| {
+        take_in(pool, disk, pieces, vetting).map_err(|error| match error {
+            TakeError::Receive(error) => not_fetched(disk.blob, &name, &chain(&error)),
+            TakeError::Refused(refusal) => refusal,
+        })
+    };
+    streamed(shared, into, disk.blob, take).await?
+}
+
+/// Why a disk was not taken in. Nothing of it is left.
+#[derive(Debug)]
+enum TakeError {
+    Receive(ReceiveError),
+    Refused(Refusal),
+}
+
+/// Receives a disk from `stream`, beside the pool's blobs, and converts it; `whole` is called in between.
+fn take_in(pool: &image::Pool, disk: Disk, stream: &mut dyn Read, whole: impl FnOnce()) -> Result<Disk, TakeError> {
+    let limit = disk.blob.size_bytes;
+    let mut incoming = pool.incoming(limit).map_err(|error| TakeError::Receive(error.into()))?;
+    incoming.read_from(stream).map_err(TakeError::Receive)?;
+    incoming.check(disk.blob).map_err(TakeError::Receive)?;
+    whole();
+    convert(pool, &incoming.path(), disk).map_err(TakeError::Refused)
+}
+
+/// Vets a disk and converts it, so that nothing of a stranger's structure survives.
+fn convert(pool: &image::Pool, source: &Path, disk: Disk) -> Result<Disk, Refusal> {
     let limits = ImportLimits {
         virtual_bytes: DISK_BYTES_MAX,
         output_bytes: DISK_FILE_BYTES_MAX,
         deadline: CONVERT_MAX,
     };
-    let source = pool.pool.blob_path(disk.blob.digest);
     let imported = pool
-        .pool
-        .import(&source, disk.format, limits, &mut |_, _| {})
+        .import(source, disk.format, limits, &mut |_, _| {})
         .map_err(|error| match error {
             ImportError::Refused(why) => Refusal::new(Code::InvalidInput, format!("the disk was refused: {why}")),
             other => Refusal::new(
@@ -168,11 +232,6 @@ fn take_in(pool: &NamedPool, disk: Disk) -> Result<Disk, Refusal> {
                 format!("the disk was not taken in: {}", chain(&other)),
             ),
         })?;
-    if imported.blob.digest != disk.blob.digest {
-        pool.pool
-            .delete_blob(disk.blob.digest)
-            .map_err(|error| Refusal::new(Code::HostFailed, chain(&error)))?;
-    }
     Ok(Disk {
         blob: imported.blob,
         format: Format::Qcow2,
@@ -180,61 +239,67 @@ fn take_in(pool: &NamedPool, disk: Disk) -> Result<Disk, Refusal> {
     })
 }
 
-/// Fetches a blob that the pool lacks; whether it did.
-pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<bool, Refusal> {
-    let failed = |why: String| {
-        Refusal::new(
-            Code::HostFailed,
-            format!("blob {} was not fetched into pool {}: {why}", blob.digest, pool.name),
-        )
-    };
+fn not_fetched(blob: Blob, pool: &Name, why: &str) -> Refusal {
+    let text = format!("blob {} was not fetched into pool {pool}: {why}", blob.digest);
+    Refusal::new(Code::HostFailed, text)
+}
+
+/// Whether a pool has a blob.
+async fn is_there(pool: &Arc<NamedPool>, blob: Blob) -> Result<bool, Refusal> {
+    let failed = |why: &str| not_fetched(blob, &pool.name, why);
     let there = pool.run(move |pool| pool.blob_size(blob.digest)).await;
-    let there = there.map_err(|error| failed(error.to_string()))?;
-    if there.map_err(|error| failed(chain(&error)))? == Some(blob.size_bytes) {
-        return Ok(false);
+    let there = there.map_err(|error| failed(&error.to_string()))?;
+    Ok(there.map_err(|error| failed(&chain(&error)))? == Some(blob.size_bytes))
+}
+
+/// Fetches a blob, unless the pool has it.
+pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<(), Refusal> {
+    if is_there(pool, blob).await? {
+        return Ok(());
     }
-    let mut link = shared
-        .link()
-        .ok_or_else(|| failed("the controller is not connected".to_owned()))?;
+    let take = move |pool: &image::Pool, pieces: &mut Pieces| pool.receive_blob(blob, pieces);
+    let taken = streamed(shared, pool, blob, take).await?;
+    taken.map_err(|error| not_fetched(blob, &pool.name, &chain(&error)))
+}
+
+/// Has the controller send a blob, and a thread take it.
+async fn streamed<T, F>(shared: &Shared, pool: &Arc<NamedPool>, blob: Blob, take: F) -> Result<T, Refusal>
+where
+    T: Send + 'static,
+    F: FnOnce(&image::Pool, &mut Pieces) -> T + Send + 'static,
+{
+    let failed = |why: &str| not_fetched(blob, &pool.name, why);
+    let mut link = shared.link().ok_or_else(|| failed("the controller is not connected"))?;
     let request = Request::get(format!("{BLOBS_PATH}/{}", blob.digest))
         .body(Empty::new().boxed())
-        .map_err(|error| failed(error.to_string()))?;
-    let answer = tokio::time::timeout(SILENCE_MAX, link.send_request(request))
+        .map_err(|error| failed(&error.to_string()))?;
+    let answer = timeout(SILENCE_MAX, link.send_request(request))
         .await
-        .map_err(|_| failed("the controller does not answer".to_owned()))?
-        .map_err(|error| failed(error.to_string()))?;
+        .map_err(|_| failed("the controller does not answer"))?
+        .map_err(|error| failed(&error.to_string()))?;
     if answer.status() != StatusCode::OK {
-        return Err(failed(format!("the controller answered {}", answer.status())));
+        return Err(failed(&format!("the controller answered {}", answer.status())));
     }
     let (pieces, taken) = mpsc::channel(PIECES_WAITING_MAX);
     let into = Arc::clone(pool);
     let writer = tokio::task::spawn_blocking(move || {
-        into.pool.receive_blob(
-            blob,
-            &mut Pieces {
-                taken,
-                rest: bytes::Bytes::new(),
-            },
-        )
+        let rest = bytes::Bytes::new();
+        take(&into.pool, &mut Pieces { taken, rest })
     });
     let mut body = answer.into_body();
     loop {
-        let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
+        let frame = timeout(SILENCE_MAX, body.frame())
             .await
-            .map_err(|_| failed("the controller fell silent".to_owned()))?;
+            .map_err(|_| failed("the controller fell silent"))?;
         let Some(frame) = frame else { break };
-        if let Ok(bytes) = frame.map_err(|error| failed(error.to_string()))?.into_data()
+        if let Ok(bytes) = frame.map_err(|error| failed(&error.to_string()))?.into_data()
             && pieces.send(bytes).await.is_err()
         {
             break;
         }
     }
     drop(pieces);
-    match writer.await {
-        Ok(Ok(())) => Ok(true),
-        Ok(Err(error)) => Err(failed(chain(&error))),
-        Err(_) => Err(failed("writing it broke off".to_owned())),
-    }
+    writer.await.map_err(|_| failed("writing it broke off"))
 }
 
 /// What a channel brings, as a reader for a blocking thread.
@@ -243,7 +308,7 @@ struct Pieces {
     rest: bytes::Bytes,
 }
 
-impl std::io::Read for Pieces {
+impl Read for Pieces {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         if self.rest.is_empty() {
             match self.taken.blocking_recv() {
@@ -291,10 +356,83 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
 
-    use model::{OperationId, TemplateId};
+    use std::time::Duration;
+
+    use model::{
+        Code, Digest, OperationId, TemplateId,
+        storage::Format,
+        template::{Blob, Disk},
+    };
+    use sha2::{Digest as _, Sha256};
     use uuid::Uuid;
 
-    use super::Running;
+    use super::{IMPORTS_MAX, Running, TakeError, Turns, take_in};
+
+    /// A raw disk of 1 MiB, whose conversion has another digest.
+    fn raw_disk() -> (Vec<u8>, Disk) {
+        let bytes = [b"godwit".repeat(100), vec![0; (1 << 20) - 600]].concat();
+        let blob = Blob {
+            digest: Digest(Sha256::digest(&bytes).into()),
+            size_bytes: 1 << 20,
+        };
+        let disk = Disk {
+            blob,
+            format: Format::Raw,
+            size_bytes: 1 << 20,
+        };
+        (bytes, disk)
+    }
+
+    #[test]
+    fn an_import_leaves_the_blobs_of_others_alone_however_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = image::Pool::open(dir.path()).unwrap();
+        let (bytes, disk) = raw_disk();
+        // The same bytes are another template's.
+        pool.receive_blob(disk.blob, &mut bytes.as_slice()).unwrap();
+        let taken = take_in(&pool, disk, &mut bytes.as_slice(), || {}).unwrap();
+        assert_ne!(taken.blob.digest, disk.blob.digest);
+        let both = pool.blobs().unwrap();
+        assert!(both.contains(&disk.blob.digest) && both.contains(&taken.blob.digest));
+        // A disk that is refused, and one that is not what was announced.
+        let lying = Disk {
+            format: Format::Qcow2,
+            ..disk
+        };
+        let refused = take_in(&pool, lying, &mut bytes.as_slice(), || {});
+        assert!(matches!(refused, Err(TakeError::Refused(why)) if why.code == Code::InvalidInput));
+        let other = vec![1; 1 << 20];
+        let refused = take_in(&pool, disk, &mut other.as_slice(), || {});
+        assert!(matches!(refused, Err(TakeError::Receive(_))));
+        assert_eq!(pool.blobs().unwrap(), both);
+    }
+
+    #[test]
+    fn a_strangers_disk_is_no_blob() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = image::Pool::open(dir.path()).unwrap();
+        let (bytes, disk) = raw_disk();
+        let mut whole = false;
+        let taken = take_in(&pool, disk, &mut bytes.as_slice(), || {
+            whole = true;
+            assert_eq!(pool.blobs().unwrap(), []);
+        })
+        .unwrap();
+        assert!(whole);
+        assert_eq!(pool.blobs().unwrap(), [taken.blob.digest]);
+    }
+
+    #[tokio::test]
+    async fn disks_are_taken_in_a_few_at_once_and_the_others_wait_so_long_and_no_longer() {
+        let (turns, soon) = (Turns::default(), Duration::from_millis(10));
+        let mut held = vec![];
+        for _ in 0..IMPORTS_MAX {
+            held.push(turns.begin(soon).await.unwrap());
+        }
+        assert_eq!(turns.begin(soon).await.unwrap_err().code, Code::Overloaded);
+        held.pop();
+        drop(turns.begin(soon).await.unwrap());
+    }
 
     #[test]
     fn an_order_runs_once_at_a_time_on_each_host() {

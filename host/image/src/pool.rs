@@ -345,11 +345,11 @@ impl Incoming<'_> {
         }
     }
 
-    /// Checks size and digest and keeps the file as that blob, durably, at once: nobody sees it half.
+    /// Whether what was written has the blob's size and digest.
     ///
     /// # Errors
-    /// See [`ReceiveError`].
-    pub fn keep_as_blob(self, blob: Blob) -> Result<(), ReceiveError> {
+    /// [`ReceiveError::TooShort`] or [`ReceiveError::Digest`] where it has not.
+    pub fn check(&self, blob: Blob) -> Result<(), ReceiveError> {
         if self.bytes != blob.size_bytes {
             return Err(ReceiveError::TooShort {
                 expected: blob.size_bytes,
@@ -363,6 +363,15 @@ impl Incoming<'_> {
                 got,
             });
         }
+        Ok(())
+    }
+
+    /// Checks size and digest and keeps the file as that blob, durably, at once: nobody sees it half.
+    ///
+    /// # Errors
+    /// See [`ReceiveError`].
+    pub fn keep_as_blob(self, blob: Blob) -> Result<(), ReceiveError> {
+        self.check(blob)?;
         Ok(self.keep(BLOBS, &blob.digest.to_string(), BLOB_MODE)?)
     }
 
