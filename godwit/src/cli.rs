@@ -3,10 +3,15 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::ArgValueCompleter;
+use model::name::Reference;
 
 use crate::{
     client::locate::Flags,
-    commands::{agent, completion, controller, doctor, events, host, network, op, pool, template, up, vm},
+    commands::{
+        agent, audit, completion, controller, doctor, events, host, login, network, op, pool, project, template, token,
+        up, user, vm,
+    },
     exit::EXIT_CODES,
     out::Format,
 };
@@ -36,6 +41,9 @@ pub(crate) struct Common {
     /// File with the token to ask with, mode 0600 [env: GODWIT_TOKEN_FILE]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// The project that the command is about; without it, the token's own [env: GODWIT_PROJECT]
+    #[arg(long, global = true, value_name = "PROJECT", add = ArgValueCompleter::new(completion::projects))]
+    pub(crate) project: Option<Reference>,
     /// How results are printed
     #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
     pub(crate) output: Format,
@@ -48,6 +56,7 @@ impl Common {
             server: self.server.clone(),
             ca: self.ca.clone(),
             token_file: self.token_file.clone(),
+            project: self.project.clone(),
         }
     }
 }
@@ -83,6 +92,24 @@ pub(crate) enum Command {
     Pool(pool::Pool),
     /// Say what this machine lacks, and how to mend it
     Doctor(Box<doctor::Doctor>),
+    /// Begin a session with a user's password
+    Login(login::Login),
+    /// End the session, or the token that is used
+    Logout,
+    /// Who you are to the server, and what you may do
+    Whoami,
+    /// People, and what they may do
+    #[command(subcommand)]
+    User(user::User),
+    /// Projects, and what their VMs may hold
+    #[command(subcommand)]
+    Project(project::Project),
+    /// Tokens with which programs come in
+    #[command(subcommand)]
+    Token(token::Token),
+    /// Who asked for what, from where, and what came of it
+    #[command(subcommand)]
+    Audit(audit::Audit),
     /// Print the script that completes commands and names in a shell
     Completion(completion::Completion),
     /// How commands end
@@ -127,6 +154,23 @@ mod tests {
             "godwit op wait 0197b2a0-0000-7000-8000-000000000000 --timeout 5",
             "godwit events --follow --after 7",
             "godwit completion bash",
+            "godwit login",
+            "godwit login alice --password-file -",
+            "godwit logout",
+            "godwit whoami -o json",
+            "godwit user create alice --role operator --password-file /run/pw",
+            "godwit --project team-a user grant alice project-admin",
+            "godwit user grant alice cloud-admin",
+            "godwit user revoke alice --cloud-admin",
+            "godwit user password",
+            "godwit user disable alice",
+            "godwit project create team-a --vms 4 --vcpus 8 --memory 16G --disk 1T",
+            "godwit project quota team-a --vms none",
+            "godwit token create ci --role operator --ttl 86400 --out /run/ci.token",
+            "godwit token revoke 0197b2a0-0000-7000-8000-000000000000",
+            "godwit vm list --project team-a",
+            "godwit audit list --subject alice/ci --from 2026-11-01 --until 2026-11-20T12:00:00Z",
+            "godwit audit export --format csv",
             "godwit doctor",
             "godwit doctor --for agent --for client --pool shared=/srv/a --uplink eth1 --mtu 9000 --port 1 --port 2 -o json",
         ] {
@@ -154,6 +198,13 @@ mod tests {
             "godwit doctor --pool /srv/a",
             "godwit doctor --uplink ../x",
             "godwit frobnicate",
+            "godwit user grant alice king",
+            "godwit user create ../x",
+            "godwit token create ci",
+            "godwit project quota team-a --memory 1.5",
+            "godwit audit list --from yesterday",
+            "godwit audit export --format xml",
+            "godwit vm list --project ../x",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

@@ -71,6 +71,8 @@ pub(crate) struct Failure {
     operation: Option<OperationId>,
     /// A server that is starting or stopping says so: the same may well go through in a moment.
     passes: bool,
+    /// The server does not take the token.
+    unauthenticated: bool,
     /// Nobody reads any more: there is nothing to say, and nothing failed.
     closed: bool,
 }
@@ -83,6 +85,7 @@ impl Failure {
             hint: String::new(),
             operation: None,
             passes: exit as u8 == Exit::Unreachable as u8,
+            unauthenticated: false,
             closed: false,
         }
     }
@@ -113,6 +116,11 @@ impl Failure {
     /// Whether the same request may well go through in a moment.
     pub(crate) fn may_pass(&self) -> bool {
         self.passes
+    }
+
+    /// Whether the server does not take the token.
+    pub(crate) fn is_unauthenticated(&self) -> bool {
+        self.unauthenticated
     }
 
     pub(crate) fn exit(&self) -> Exit {
@@ -155,6 +163,7 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         Self {
             passes: matches!(refusal.code, Code::Overloaded | Code::ReadOnly),
+            unauthenticated: refusal.code == Code::Unauthenticated,
             ..Self::new(Exit::of(refusal.code), refusal.message).hint(refusal.hint)
         }
     }

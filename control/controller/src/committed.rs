@@ -1,4 +1,4 @@
-//! What is committed, indexed for those who cannot wait for the loop: tokens, hosts, templates' blobs, and the ring of notices.
+//! What is committed, indexed for those who cannot wait for the loop: tokens, users, projects, hosts, templates' blobs, and the ring of notices.
 //!
 //! It is made from rows and changes after their commit, so nothing is seen here that could still be lost.
 
@@ -8,13 +8,15 @@ use std::{
 };
 
 use model::{
-    Change, Digest, HostId, Key, Notice, OperationId, ProjectId, Row, Sequence, TemplateId, TokenId, VmId, VmState,
+    Actor, Change, Digest, HostId, Key, Name, Notice, OperationId, ProjectId, Role, Row, Sequence, TemplateId,
+    Timestamp, TokenId, User, UserId, VmId, VmState,
     access::ApiToken,
     host::Link,
+    name::Reference,
     operation::{OperationState, Progress},
     template::TemplateState,
 };
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::metrics::Metrics;
 
@@ -33,12 +35,18 @@ pub(crate) enum Told {
 pub(crate) struct Committed {
     index: Mutex<Index>,
     told: broadcast::Sender<Told>,
+    /// Counts changes of tokens and users: what somebody was let into may have to end.
+    rights: watch::Sender<u64>,
     metrics: Arc<Metrics>,
 }
 
 #[derive(Debug, Default)]
 struct Index {
     tokens: BTreeMap<TokenId, ApiToken>,
+    users: BTreeMap<UserId, Box<User>>,
+    user_names: BTreeMap<Name, UserId>,
+    projects: BTreeMap<ProjectId, Name>,
+    project_names: BTreeMap<Name, ProjectId>,
     hosts: BTreeMap<HostId, Link>,
     vms: BTreeMap<VmId, VmState>,
     templates: BTreeMap<TemplateId, TemplateBlobs>,
@@ -58,6 +66,7 @@ impl Committed {
         Self {
             index: Mutex::default(),
             told: broadcast::channel(BROADCAST_MAX).0,
+            rights: watch::channel(0).0,
             metrics,
         }
     }
@@ -80,12 +89,16 @@ impl Committed {
             let _ = self.told.send(Told::Notice(notice.clone()));
         }
         *index = fresh;
+        drop(index);
+        self.rights.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     /// Takes committed changes in, and tells watchers of new notices.
     pub(crate) fn apply<'a>(&self, changes: impl Iterator<Item = &'a Change>) {
         let mut index = self.index();
+        let mut rights = false;
         for change in changes {
+            rights |= concerns_rights(change);
             match change {
                 Change::Put(row) => {
                     index.put(row, Some(&self.metrics));
@@ -96,6 +109,10 @@ impl Committed {
                 }
                 Change::Delete(key) => index.delete(key),
             }
+        }
+        drop(index);
+        if rights {
+            self.rights.send_modify(|count| *count = count.wrapping_add(1));
         }
     }
 
@@ -121,6 +138,64 @@ impl Committed {
 
     pub(crate) fn token(&self, id: TokenId) -> Option<ApiToken> {
         self.index().tokens.get(&id).cloned()
+    }
+
+    /// A user by its name.
+    pub(crate) fn user(&self, name: &Name) -> Option<User> {
+        let index = self.index();
+        let id = index.user_names.get(name)?;
+        index.users.get(id).map(|user| user.as_ref().clone())
+    }
+
+    /// A user.
+    pub(crate) fn user_by_id(&self, id: UserId) -> Option<User> {
+        self.index().users.get(&id).map(|user| user.as_ref().clone())
+    }
+
+    /// A project by name or id.
+    pub(crate) fn project(&self, reference: &Reference) -> Option<ProjectId> {
+        let index = self.index();
+        match reference {
+            Reference::Id(id) => Some(ProjectId(*id)).filter(|id| index.projects.contains_key(id)),
+            Reference::Name(name) => index.project_names.get(name).copied(),
+        }
+    }
+
+    /// What a token is worth in a project now.
+    pub(crate) fn role(&self, token: &ApiToken, project: ProjectId, now: Timestamp) -> Option<Role> {
+        let index = self.index();
+        let owner = token.owner.and_then(|id| index.users.get(&id));
+        let known = index.projects.contains_key(&project);
+        token.role_in(project, owner.map(|user| &**user), now).filter(|_| known)
+    }
+
+    /// Where a session acts when it is not told: where it did when it began, or where its user has a role.
+    pub(crate) fn home(&self, token: &ApiToken, now: Timestamp) -> Option<ProjectId> {
+        let first = token.actor.project;
+        if self.role(token, first, now).is_some() {
+            return Some(first);
+        }
+        let granted: Vec<ProjectId> = {
+            let index = self.index();
+            let owner = token.owner.and_then(|id| index.users.get(&id))?;
+            owner.grants.keys().copied().collect()
+        };
+        granted
+            .into_iter()
+            .find(|project| self.role(token, *project, now).is_some())
+    }
+
+    /// Whether an actor still has the right with which it came.
+    pub(crate) fn still_has(&self, actor: &Actor, now: Timestamp) -> bool {
+        let Some(id) = actor.via.token else { return true };
+        let token = self.token(id);
+        let role = token.and_then(|token| self.role(&token, actor.project, now));
+        role.is_some_and(|role| role >= actor.role)
+    }
+
+    /// Changes when somebody's right may have.
+    pub(crate) fn rights(&self) -> watch::Receiver<u64> {
+        self.rights.subscribe()
     }
 
     pub(crate) fn knows_host(&self, host: HostId) -> bool {
@@ -157,11 +232,29 @@ impl Committed {
     }
 }
 
+/// Whether a change may end somebody's right.
+fn concerns_rights(change: &Change) -> bool {
+    match change {
+        Change::Put(row) => matches!(row, Row::ApiToken(_) | Row::User(_)),
+        Change::Delete(key) => matches!(key, Key::ApiToken(_) | Key::User(_) | Key::Project(_)),
+    }
+}
+
 impl Index {
     fn put(&mut self, row: &Row, metrics: Option<&Metrics>) {
         match row {
             Row::ApiToken(token) => {
                 self.tokens.insert(token.id, token.clone());
+            }
+            Row::User(user) => {
+                self.delete(&Key::User(user.id));
+                self.user_names.insert(user.name.clone(), user.id);
+                self.users.insert(user.id, user.clone());
+            }
+            Row::Project(project) => {
+                self.delete(&Key::Project(project.id));
+                self.project_names.insert(project.name.clone(), project.id);
+                self.projects.insert(project.id, project.name.clone());
             }
             Row::Host(host) => {
                 self.hosts.insert(host.id, host.status.link);
@@ -197,6 +290,16 @@ impl Index {
     fn delete(&mut self, key: &Key) {
         match key {
             Key::ApiToken(id) => drop(self.tokens.remove(id)),
+            Key::User(id) => {
+                if let Some(user) = self.users.remove(id) {
+                    self.user_names.remove(&user.name);
+                }
+            }
+            Key::Project(id) => {
+                if let Some(name) = self.projects.remove(id) {
+                    self.project_names.remove(&name);
+                }
+            }
             Key::Host(id) => drop(self.hosts.remove(id)),
             Key::Vm(id) => drop(self.vms.remove(id)),
             Key::Template(id) => drop(self.templates.remove(id)),

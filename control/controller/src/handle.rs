@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use engine::World;
 use futures_util::Stream;
-use identity::{ApiToken, ApiTokenDigest};
+use identity::ApiToken;
 use model::{
     Actor, Command, Digest, Operation, OperationId, Outcome, Refusal, Request, RequestId, Revision, Role, Sequence,
-    Timestamp, TokenId, VmId,
+    Timestamp, TokenId, Via, VmId,
     access::TokenHash,
     change::Answer,
     command::IdempotencyKey,
@@ -33,6 +33,7 @@ use crate::{
     core::{Health, Input, read_only},
     joining::Authority,
     metrics::Metrics,
+    passwords::Passwords,
     storage::Storage,
     watch::{WatchItem, watch},
 };
@@ -59,6 +60,7 @@ pub(crate) struct Shared {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) health: watch::Receiver<Health>,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) passwords: Passwords,
 }
 
 /// The edges' only way in. Cheap to clone.
@@ -191,29 +193,7 @@ impl Handle {
         actor: Actor,
         after: Option<Sequence>,
     ) -> impl Stream<Item = WatchItem> + Send + Unpin + use<> + 'static {
-        watch(self.0.committed.clone(), actor, after)
-    }
-
-    /// Whom a token speaks for.
-    ///
-    /// # Errors
-    /// `Unauthenticated`, whatever is wrong with it.
-    pub fn authenticate(&self, token: &str) -> Result<Actor, Refusal> {
-        let refused = || {
-            Refusal::new(Code::Unauthenticated, "the token is not valid").hint(
-                "use the token that the administrator gave you; the first is in admin.token of the state directory",
-            )
-        };
-        let token: ApiToken = token.parse().map_err(|_| refused())?;
-        let known = self.0.committed.token(token_id(&token)).ok_or_else(refused)?;
-        let now = self.now();
-        let right = ApiTokenDigest(known.hash.0).matches(&token);
-        let valid = known.expires_at.is_none_or(|end| now < end);
-        if right && valid {
-            Ok(known.actor)
-        } else {
-            Err(refused())
-        }
+        watch(self.0.committed.clone(), self.0.clock.clone(), actor, after)
     }
 
     /// Takes a blob's bytes; they are there only when all of them are and have that digest.
@@ -225,8 +205,13 @@ impl Handle {
         S: Stream<Item = Result<Bytes, E>> + Unpin,
         E: std::fmt::Display,
     {
-        needs(actor, Role::ProjectAdmin)?;
-        self.0.blobs.put(Blob { digest, size_bytes }, pieces).await
+        let taken = match needs(actor, Role::ProjectAdmin) {
+            Ok(()) => self.0.blobs.put(Blob { digest, size_bytes }, pieces).await,
+            Err(refusal) => Err(refusal),
+        };
+        self.note(actor, "blob.upload", digest.to_string(), taken.as_ref().err())
+            .await;
+        taken
     }
 
     /// Whether the controller has this blob, so that it need not be uploaded.
@@ -240,6 +225,13 @@ impl Handle {
     /// # Errors
     /// When the actor may not, the VM is not there or off, or its host does not answer.
     pub async fn console(&self, actor: Actor, vm: Reference) -> Result<DuplexStream, Refusal> {
+        let opened = self.open_console(actor.clone(), vm.clone()).await;
+        self.note(&actor, "vm.console", vm.to_string(), opened.as_ref().err())
+            .await;
+        opened
+    }
+
+    async fn open_console(&self, actor: Actor, vm: Reference) -> Result<DuplexStream, Refusal> {
         needs(&actor, Role::Operator)?;
         let View::Vm(view) = self.read(actor, Query::Vm(vm)).await? else {
             return Err(Refusal::new(Code::NotFound, "there is no such VM"));
@@ -317,6 +309,7 @@ impl Handle {
             subject: "controller".to_owned(),
             project,
             role: Role::CloudAdmin,
+            via: Via::default(),
         })
     }
 
@@ -359,15 +352,15 @@ fn stopping() -> Refusal {
     Refusal::new(Code::Overloaded, "the controller is stopping").hint("try again, with the same idempotency key")
 }
 
-fn needs(actor: &Actor, role: Role) -> Result<(), Refusal> {
+pub(crate) fn needs(actor: &Actor, role: Role) -> Result<(), Refusal> {
     if actor.role >= role {
         return Ok(());
     }
     let message = format!(
-        "{} may not do this: its role is {:?}, {role:?} is needed",
+        "{} may not do this: its role here is {}, {role} is needed",
         actor.subject, actor.role
     );
-    Err(Refusal::new(Code::Forbidden, message).hint("use a token with that role"))
+    Err(Refusal::new(Code::Forbidden, message).hint("use a token with that role, or ask for the role"))
 }
 
 /// The id under which a token is kept: made of its hash, so that it is found without being compared.

@@ -13,6 +13,8 @@
 //! Invariants:
 //! - Durable first: nothing leaves before the commit that covers it: no reply, order, acknowledgement, notice, nor read.
 //! - After a failed commit nothing of its batch leaves, and the world is loaded again.
+//! - What a token is worth is asked with each request, and again in its transaction. What a right opened ends with the right.
+//! - Passwords are checked beside the loop, few at a time, equally long whatever is wrong.
 //! - Who an agent is stands in its certificate. One live session a host; a newer one replaces the older.
 //! - A report is acknowledged after its commit, and takes effect once: numbers within a process, the engine's revisions beyond.
 //! - Everything is bounded: inputs, batches, orders that wait, connections, uploads, consoles, silence.
@@ -29,6 +31,8 @@ mod joining;
 mod links;
 mod memory;
 mod metrics;
+mod passwords;
+mod people;
 mod serve;
 mod start;
 mod storage;
@@ -40,6 +44,7 @@ pub use core::{Ended, Health};
 pub use handle::{Handle, SubmitOptions};
 pub use joining::CertificateError;
 pub use memory::Memory;
+pub use people::Session;
 pub use start::{Controller, StartError};
 pub use storage::{Storage, StorageError, Stored, Waited};
 pub use watch::WatchItem;

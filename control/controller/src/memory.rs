@@ -6,7 +6,8 @@ use std::{
 };
 
 use model::{
-    Change, Epoch, Key, Operation, OperationId, ProjectId, Row,
+    AuditEntry, AuditId, Change, Epoch, Key, Operation, OperationId, ProjectId, Row,
+    audit::AuditFilter,
     change::Answer,
     query::{Listing, Page},
 };
@@ -85,6 +86,32 @@ impl Storage for Memory {
                 .filter(|operation| project.is_none_or(|project| operation.project == project))
                 .filter(|operation| page.after.is_none_or(|after| operation.id.0 < after));
             let items: Vec<Operation> = asked.take(page.limit).cloned().collect();
+            let next = items.last().map(|last| last.id.0).filter(|_| items.len() == page.limit);
+            Ok(Listing { items, next })
+        })
+    }
+
+    fn audit(&self, filter: AuditFilter, page: Page) -> Waited<'_, Listing<AuditEntry>> {
+        Box::pin(async move {
+            let rows = self.rows();
+            let meant = |entry: &&AuditEntry| {
+                let AuditFilter {
+                    project,
+                    subject,
+                    from,
+                    until,
+                } = &filter;
+                project.is_none_or(|project| entry.project == Some(project))
+                    && subject.as_ref().is_none_or(|subject| entry.subject == *subject)
+                    && from.is_none_or(|from| entry.id >= AuditId::first_at(from))
+                    && until.is_none_or(|until| entry.id < AuditId::first_at(until))
+                    && page.after.is_none_or(|after| entry.id.0 < after)
+            };
+            let newest_first = rows.values().rev().filter_map(|row| match row {
+                Row::Audit(entry) => Some(entry.as_ref()),
+                _ => None,
+            });
+            let items: Vec<AuditEntry> = newest_first.filter(meant).take(page.limit).cloned().collect();
             let next = items.last().map(|last| last.id.0).filter(|_| items.len() == page.limit);
             Ok(Listing { items, next })
         })

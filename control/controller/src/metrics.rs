@@ -20,6 +20,12 @@ struct State {
     state: String,
 }
 
+/// How a login ended: `accepted`, `refused`, `too-many`.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub(crate) struct Login {
+    pub(crate) result: &'static str,
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Ended {
     kind: &'static str,
@@ -43,6 +49,7 @@ pub(crate) struct Metrics {
     pub(crate) read_only: Gauge,
     pub(crate) connections_refused: Counter,
     refused: Counter<u64, AtomicU64>,
+    pub(crate) logins: Family<Login, Counter>,
 }
 
 impl Metrics {
@@ -65,6 +72,7 @@ impl Metrics {
             read_only: Gauge::default(),
             connections_refused: Counter::default(),
             refused: Counter::default(),
+            logins: Family::default(),
         };
         metrics.register();
         metrics
@@ -94,6 +102,7 @@ impl Metrics {
         registry.register("connections_refused", refused, self.connections_refused.clone());
         let refused = "Requests refused because the queue was full";
         registry.register("requests_overloaded", refused, self.refused.clone());
+        registry.register("logins", "Attempts to log in, by result", self.logins.clone());
     }
 
     /// In the text format of OpenMetrics 1.0.

@@ -33,6 +33,7 @@ use crate::{
     handle::{Handle, Shared, token_hash, token_id},
     joining::{Authority, CertificateError, certificates},
     metrics::Metrics,
+    passwords::Passwords,
     serve::Port,
     storage::{Storage, StorageError, Stored, with_notices},
 };
@@ -168,6 +169,7 @@ impl Controller {
             storage: storage.clone(),
             health: health_end,
             clock: Arc::new(Clock::start()),
+            passwords: Passwords::default(),
         };
         let parts = Parts {
             storage,

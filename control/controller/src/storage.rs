@@ -3,7 +3,8 @@
 use std::{future::Future, pin::Pin};
 
 use model::{
-    Change, Epoch, Operation, OperationId, ProjectId, Row, Sequence,
+    AuditEntry, Change, Epoch, Operation, OperationId, ProjectId, Row, Sequence,
+    audit::AuditFilter,
     change::Answer,
     query::{Listing, Page},
 };
@@ -18,7 +19,7 @@ pub type Waited<'a, T> = Pin<Box<dyn Future<Output = Result<T, StorageError>> + 
 pub struct Stored {
     /// The epoch under which this process leads.
     pub epoch: Epoch,
-    /// All rows, but for old answers, notices and finished operations.
+    /// All rows, but for old answers, notices and finished operations, and the audit log.
     pub rows: Vec<Row>,
 }
 
@@ -41,6 +42,9 @@ pub trait Storage: Send + Sync + 'static {
 
     /// A page of operations, the newest first, of one project or of all.
     fn operations(&self, project: Option<ProjectId>, page: Page) -> Waited<'_, Listing<Operation>>;
+
+    /// A page of the audit log, the newest first.
+    fn audit(&self, filter: AuditFilter, page: Page) -> Waited<'_, Listing<AuditEntry>>;
 }
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
@@ -136,5 +140,9 @@ impl Storage for Store {
 
     fn operations(&self, project: Option<ProjectId>, page: Page) -> Waited<'_, Listing<Operation>> {
         Box::pin(async move { self.operations(project, page).await.map_err(failing) })
+    }
+
+    fn audit(&self, filter: AuditFilter, page: Page) -> Waited<'_, Listing<AuditEntry>> {
+        Box::pin(async move { self.audit(&filter, page).await.map_err(failing) })
     }
 }

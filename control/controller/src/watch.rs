@@ -1,4 +1,4 @@
-//! Watching: the cell's notices and operations' progress, as far as the watcher may see them.
+//! Watching: the cell's notices and operations' progress, as far as the watcher may see them, and as long.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -6,7 +6,10 @@ use futures_util::{Stream, stream};
 use model::{Actor, Notice, OperationId, ProjectId, Role, Sequence, operation::Progress};
 use tokio::sync::broadcast::{Receiver, error::RecvError};
 
-use crate::committed::{Committed, Told};
+use crate::{
+    clock::Clock,
+    committed::{Committed, Told},
+};
 
 /// What a watcher is told.
 #[derive(Clone, Debug)]
@@ -30,6 +33,7 @@ pub enum WatchItem {
 struct Watcher {
     actor: Actor,
     committed: Arc<Committed>,
+    clock: Arc<Clock>,
     told: Receiver<Told>,
     backlog: VecDeque<WatchItem>,
     /// The last notice passed on or skipped; `None` before the first.
@@ -39,6 +43,7 @@ struct Watcher {
 /// Watches from after the notice `after` on, or from now on.
 pub(crate) fn watch(
     committed: Arc<Committed>,
+    clock: Arc<Clock>,
     actor: Actor,
     after: Option<Sequence>,
 ) -> impl Stream<Item = WatchItem> + Send + Unpin + 'static {
@@ -46,6 +51,7 @@ pub(crate) fn watch(
     let mut watcher = Watcher {
         actor,
         committed,
+        clock,
         told,
         backlog: VecDeque::new(),
         last: after,
@@ -60,6 +66,10 @@ pub(crate) fn watch(
 impl Watcher {
     async fn next(&mut self) -> Option<WatchItem> {
         loop {
+            // A right that was taken away ends what it opened.
+            if !self.committed.still_has(&self.actor, self.clock.now()) {
+                return None;
+            }
             if let Some(item) = self.backlog.pop_front() {
                 return Some(item);
             }

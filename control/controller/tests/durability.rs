@@ -238,6 +238,7 @@ async fn a_watcher_resumes_from_the_stored_ring_after_a_crash() {
     ));
     let mut tenant = cell.admin();
     (tenant.role, tenant.project) = (model::Role::Viewer, Uuid::from_u128(5).into());
+    tenant.via = model::Via::default();
     assert!(
         cell.handle
             .watch(tenant, Some(Sequence(0)))

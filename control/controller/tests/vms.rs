@@ -13,6 +13,7 @@ use futures_util::stream;
 use http_body_util::BodyExt as _;
 use model::{
     Code, Command, Digest, Order, Outcome, Refusal, Report, VmState,
+    access::Quota,
     command::{CreateVm, IdempotencyKey},
     name::Reference,
     operation::OperationState,
@@ -307,4 +308,56 @@ async fn a_console_that_cannot_be_says_why_at_once() {
         }
     };
     tokio::time::timeout(PATIENCE, unreachable).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_requests_at_once_at_the_edge_of_the_quota_exactly_the_quota_succeeds() {
+    const ASKED: usize = 24;
+    const ROOM: u64 = 5;
+    let cell = Cell::start().await;
+    let (_host, _session, _, _) = with_an_order(&cell).await;
+    let quota = Command::SetQuota {
+        project: reference("default"),
+        quota: Quota {
+            vms: Some(1 + ROOM),
+            ..Quota::default()
+        },
+    };
+    cell.handle
+        .submit(cell.admin(), quota, SubmitOptions::default())
+        .await
+        .unwrap();
+    let tasks: Vec<_> = (0..ASKED)
+        .map(|n| {
+            let (handle, admin) = (cell.handle.clone(), cell.admin());
+            tokio::spawn(async move {
+                let Command::CreateVm(wanted) = create() else { panic!() };
+                let wanted = CreateVm {
+                    name: format!("race{n}").parse().unwrap(),
+                    start: false,
+                    ..wanted
+                };
+                handle
+                    .submit(admin, Command::CreateVm(wanted), SubmitOptions::default())
+                    .await
+            })
+        })
+        .collect();
+    let mut succeeded = 0;
+    for task in tasks {
+        match task.await.unwrap() {
+            Ok(_) => succeeded += 1,
+            Err(refusal) => assert_eq!(refusal.code, Code::QuotaExceeded, "{refusal}"),
+        }
+    }
+    assert_eq!(succeeded, ROOM);
+    let View::Project(project) = cell
+        .handle
+        .read(cell.admin(), Query::Project(reference("default")))
+        .await
+        .unwrap()
+    else {
+        panic!()
+    };
+    assert_eq!(project.used.vms, 1 + ROOM);
 }

@@ -139,6 +139,8 @@ fn usage_adds_up(world: &World) -> Result<(), String> {
             used.vcpus += u64::from(vm.spec.vcpus);
             used.memory_mib += vm.spec.memory_mib;
         }
+        let disks = world.volumes.values().filter(|volume| volume.project == project.id);
+        used.disk_bytes = disks.map(|volume| volume.size_bytes).sum();
         if used != project.used {
             return Err(format!(
                 "project {} counts {:?}, its VMs hold {used:?}",

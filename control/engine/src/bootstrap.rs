@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use model::{
     Actor, Change, Network, NetworkId, Project, ProjectId, Role, Row, Subnet, SubnetId, TokenId,
-    access::{ApiToken, Quota, TokenHash, Usage},
+    access::{ApiToken, Quota, TokenHash, TokenKind, Usage, Via},
     network::NetworkMode,
 };
 
@@ -74,8 +74,14 @@ impl World {
                     subject: b.subject.clone(),
                     project: b.project,
                     role: Role::CloudAdmin,
+                    via: Via::default(),
                 },
                 expires_at: None,
+                name: None,
+                kind: TokenKind::Service,
+                owner: None,
+                created_by: b.subject.clone(),
+                created_at: None,
             }),
         ];
         rows.into_iter().map(Change::Put).collect()

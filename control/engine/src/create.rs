@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr};
 use model::{
     Code, Generation, Host, HostId, Mac, Millis, NetworkId, OperationKind, Outcome, Plan, PoolId, Port, PortId,
     Refusal, Request, Revision, Row, SubnetId, Template, Vm, VmId, VmSpec, VmState, VmStatus, Volume, VolumeId,
-    access::Project,
+    access::{Project, Usage},
     command::CreateVm,
     layout::Layout,
     operation::TargetKind,
@@ -18,6 +18,7 @@ use model::{
 use crate::{
     definition,
     placement::{self, Machine, Need},
+    projects,
     request::{self, Decision, Fresh, refuse},
     txn::{Txn, target},
     world::World,
@@ -73,7 +74,8 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
     let row = world.host(host).expect("a host that was chosen is there");
     let vm = row_of(txn, request, wanted, &decided, row, id, &port, volume.as_ref())?;
     let project = world.projects[&request.actor.project].clone();
-    write(txn, vm.clone(), port, volume, project);
+    let more = usage(wanted, decided.disk_bytes);
+    write(txn, vm, port, volume, project, more);
     let target = target(TargetKind::Vm, id.0, &wanted.name);
     if !wanted.start {
         return request::done(txn, request, operation, OperationKind::CreateVm, target);
@@ -136,7 +138,7 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
     let template = request::template(world, actor, &wanted.template)?;
     let pools = ready(template)?;
     let disk_bytes = disk(wanted, template)?;
-    quota(&world.projects[&actor.project], wanted)?;
+    projects::within(&world.projects[&actor.project], usage(wanted, disk_bytes))?;
     let (network, subnet, ip) = address(world, request, wanted)?;
     let any_pool = match &wanted.pool {
         None => pools,
@@ -168,6 +170,16 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
         plan,
         host,
     })
+}
+
+/// What the VM will count in its project.
+fn usage(wanted: &CreateVm, disk_bytes: Option<u64>) -> Usage {
+    Usage {
+        vms: 1,
+        vcpus: u64::from(wanted.vcpus),
+        memory_mib: wanted.memory_mib,
+        disk_bytes: disk_bytes.unwrap_or(0),
+    }
 }
 
 fn bounds(wanted: &CreateVm) -> Result<(), Box<Refusal>> {
@@ -246,28 +258,6 @@ fn disk(wanted: &CreateVm, template: &Template) -> Result<Option<u64>, Box<Refus
     }
 }
 
-fn quota(project: &Project, wanted: &CreateVm) -> Result<(), Box<Refusal>> {
-    let (quota, used) = (&project.quota, &project.used);
-    let limits = [
-        ("VMs", quota.vms, used.vms, 1),
-        ("vCPUs", quota.vcpus, used.vcpus, u64::from(wanted.vcpus)),
-        ("MiB of memory", quota.memory_mib, used.memory_mib, wanted.memory_mib),
-    ];
-    for (what, limit, used, more) in limits {
-        if let Some(limit) = limit
-            && used.saturating_add(more) > limit
-        {
-            let message = format!("project {} may hold {limit} {what}, and holds {used}", project.name);
-            return Err(refuse(
-                Code::QuotaExceeded,
-                message,
-                "delete VMs, make this one smaller, or have the quota raised",
-            ));
-        }
-    }
-    Ok(())
-}
-
 fn address(
     world: &World,
     request: &Request,
@@ -276,13 +266,7 @@ fn address(
     let project = request.actor.project;
     let default = || model::name::Reference::Name("default".parse().expect("`default` is a name"));
     let reference = wanted.network.clone().unwrap_or_else(default);
-    let id = match &reference {
-        model::name::Reference::Id(id) => Some(NetworkId(*id)),
-        model::name::Reference::Name(name) => world.index.network_names.get(&(project, name.clone())).copied(),
-    };
-    let network = id
-        .and_then(|id| world.networks.get(&id))
-        .filter(|network| network.project == project);
+    let network = projects::network(world, project, &reference).and_then(|id| world.networks.get(&id));
     let network = network.ok_or_else(|| {
         let message = format!("there is no network {reference} in this project");
         refuse(Code::NotFound, message, "leave the network out to use `default`")
@@ -436,10 +420,8 @@ fn row_of(
     })
 }
 
-fn write(txn: &mut Txn<'_>, vm: Vm, port: Port, volume: Option<Volume>, mut project: Project) {
-    project.used.vms += 1;
-    project.used.vcpus += u64::from(vm.spec.vcpus);
-    project.used.memory_mib += vm.spec.memory_mib;
+fn write(txn: &mut Txn<'_>, vm: Vm, port: Port, volume: Option<Volume>, mut project: Project, more: Usage) {
+    projects::add(&mut project.used, more);
     txn.put(Row::Project(project));
     txn.put(Row::Port(port));
     if let Some(volume) = volume {

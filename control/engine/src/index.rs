@@ -6,8 +6,10 @@ use std::{
 };
 
 use model::{
-    HostId, Mac, Name, NetworkId, OperationId, PoolId, Port, PortId, ProjectId, Row, Subnet, SubnetId, TemplateId,
-    Timestamp, TokenId, Vm, VmId, VolumeId, operation::TargetKind,
+    HostId, Mac, Name, NetworkId, OperationId, PoolId, Port, PortId, ProjectId, Role, Row, Subnet, SubnetId,
+    TemplateId, Timestamp, TokenId, UserId, Vm, VmId, VolumeId,
+    access::{ApiToken, TokenKind},
+    operation::TargetKind,
 };
 use uuid::Uuid;
 
@@ -53,6 +55,18 @@ pub(crate) struct Index {
     pub(crate) answered: BTreeSet<(Timestamp, ProjectId, String)>,
     pub(crate) join_expiry: BTreeSet<(Timestamp, TokenId)>,
     pub(crate) api_expiry: BTreeSet<(Timestamp, TokenId)>,
+    /// Service tokens of a project.
+    service_tokens: BTreeSet<(ProjectId, TokenId)>,
+    /// Tokens that use a user's right.
+    user_tokens: BTreeSet<(UserId, TokenId)>,
+    pub(crate) token_names: BTreeMap<(ProjectId, Name), TokenId>,
+    /// Tokens that may do everything, for ever, whoever the users are.
+    pub(crate) root_tokens: BTreeSet<TokenId>,
+    pub(crate) user_names: BTreeMap<Name, UserId>,
+    /// Users with a role in a project.
+    project_users: BTreeSet<(ProjectId, UserId)>,
+    /// Users who may do everything and come in.
+    pub(crate) cloud_admins: BTreeSet<UserId>,
 }
 
 /// The hosts on which a VM takes memory and CPU: where it is and, while it moves, both ends.
@@ -127,13 +141,18 @@ impl Index {
                 }
             }
             Row::JoinToken(row) => set(&mut self.join_expiry, (row.expires_at, row.id), there),
-            Row::ApiToken(row) => {
-                if let Some(at) = row.expires_at {
-                    set(&mut self.api_expiry, (at, row.id), there);
+            Row::ApiToken(row) => self.touch_token(row, there),
+            Row::User(row) => {
+                map(&mut self.user_names, row.name.clone(), row.id, there);
+                for project in row.grants.keys() {
+                    set(&mut self.project_users, (*project, row.id), there);
+                }
+                if row.cloud_admin && !row.disabled {
+                    set(&mut self.cloud_admins, row.id, there);
                 }
             }
             Row::Answer(row) => set(&mut self.answered, (row.at, row.project, row.key.clone()), there),
-            Row::Outbox(_) | Row::Notice(_) => {}
+            Row::Outbox(_) | Row::Notice(_) | Row::Audit(_) => {}
         }
     }
 
@@ -186,6 +205,43 @@ impl Index {
                 }
             };
         }
+    }
+
+    fn touch_token(&mut self, row: &ApiToken, there: bool) {
+        if let Some(at) = row.expires_at {
+            set(&mut self.api_expiry, (at, row.id), there);
+        }
+        if row.kind == TokenKind::Service {
+            set(&mut self.service_tokens, (row.actor.project, row.id), there);
+            if let Some(name) = &row.name {
+                map(&mut self.token_names, (row.actor.project, name.clone()), row.id, there);
+            }
+        }
+        match row.owner {
+            Some(owner) => set(&mut self.user_tokens, (owner, row.id), there),
+            None if row.actor.role == Role::CloudAdmin && row.expires_at.is_none() => {
+                set(&mut self.root_tokens, row.id, there);
+            }
+            None => {}
+        }
+    }
+
+    /// The service tokens of a project.
+    pub(crate) fn service_tokens(&self, project: ProjectId) -> impl Iterator<Item = TokenId> + '_ {
+        let tokens = self.service_tokens.range((project, TokenId(Uuid::nil()))..);
+        tokens.take_while(move |(of, _)| *of == project).map(|&(_, id)| id)
+    }
+
+    /// The tokens that use a user's right.
+    pub(crate) fn tokens_of(&self, user: UserId) -> impl Iterator<Item = TokenId> + '_ {
+        let tokens = self.user_tokens.range((user, TokenId(Uuid::nil()))..);
+        tokens.take_while(move |(of, _)| *of == user).map(|&(_, id)| id)
+    }
+
+    /// The users with a role in a project, cloud admins aside.
+    pub(crate) fn users_of(&self, project: ProjectId) -> impl Iterator<Item = UserId> + '_ {
+        let users = self.project_users.range((project, UserId(Uuid::nil()))..);
+        users.take_while(move |(of, _)| *of == project).map(|&(_, id)| id)
     }
 
     /// The VMs that concern a host.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Request ─▶ request ─▶ create ─ lifecycle ─ migration ─ cancel ─ hosts ─ templates
-//!                            │  placement, capacity, definition   │
+//!                            │  people, projects, placement, ...  │
 //!  Report ──▶ reports ───────┤                                    ▼
 //!  Facts ───▶ hosts ─────────┼──────────────▶ Txn ─▶ World (rows + index) + Vec<Effect>
 //!  Tick ────▶ tick ─▶ reconcile ─────────────▲
@@ -15,7 +15,8 @@
 //! - A VM's generation only grows, and is never given to two hosts. The destination's word alone makes it the holder; the source
 //!   gets the VM back only by its own word that it never gave it up, or that the destination declined.
 //! - At most one operation holds a VM, and every operation ends at its `ends_by` at the latest.
-//! - A refused request changes nothing. A report about a VM counts only from a host that the world places it on, or that its
+//! - Each request's right is looked up again in its own step, and each decision leaves an audit entry in that step's changes.
+//! - A refused request changes nothing else. A report about a VM counts only from a host that the world places it on, or that its
 //!   terms name: one compromised agent touches only its own VMs.
 //! - Nothing is restarted elsewhere by itself: a lost host is an alarm, and a person alone may say that its machine is off for good.
 //! - Nothing here walks all VMs: a step costs what it concerns, a tick is bounded.
@@ -33,7 +34,9 @@ mod index;
 mod lifecycle;
 mod migration;
 mod moves;
+mod people;
 mod placement;
+mod projects;
 mod query;
 mod reconcile;
 mod reports;

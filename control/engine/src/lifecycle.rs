@@ -5,12 +5,13 @@ use std::collections::BTreeSet;
 
 use model::{
     Code, Generation, HostId, Key, Millis, OperationId, OperationKind, OperationState, Outcome, Refusal, Request, Row,
-    Vm, VmId, VmState, host::Link, name::Reference, order::Verb, vm::Power,
+    Vm, VmId, VmState, access::Usage, host::Link, name::Reference, order::Verb, vm::Power,
 };
 
 use crate::{
     create, definition, hosts,
     placement::{self, Need},
+    projects,
     reports,
     request::{self, Decision, Fresh, refuse},
     txn::Txn,
@@ -320,16 +321,20 @@ pub(crate) fn erase(txn: &mut Txn<'_>, id: VmId) {
             port.rests_until = Some(until);
         });
     }
+    let disks = vm.volumes.iter().filter_map(|id| txn.world().volumes.get(id));
+    let held = Usage {
+        vms: 1,
+        vcpus: u64::from(vm.spec.vcpus),
+        memory_mib: vm.spec.memory_mib,
+        disk_bytes: disks.map(|disk| disk.size_bytes).sum(),
+    };
     for id in &vm.volumes {
         let pool = txn.world().volumes.get(id).map(|volume| volume.pool);
         txn.delete(Key::Volume(*id));
         pool.into_iter().for_each(|pool| hosts::forget_pool(txn, pool));
     }
     if let Some(mut project) = txn.world().projects.get(&vm.project).cloned() {
-        let used = &mut project.used;
-        used.vms = used.vms.saturating_sub(1);
-        used.vcpus = used.vcpus.saturating_sub(u64::from(vm.spec.vcpus));
-        used.memory_mib = used.memory_mib.saturating_sub(vm.spec.memory_mib);
+        projects::subtract(&mut project.used, held);
         txn.put(Row::Project(project));
     }
     if let Some(host) = vm.status.host {

@@ -3,13 +3,18 @@
 use std::ops::Bound;
 
 use model::{
-    Actor, Code, Host, Operation, OperationId, PoolId, ProjectId, Refusal, Timestamp, Vm,
-    query::{HostView, Listing, Named, NetworkView, OperationView, Page, Query, View, VmView},
+    Actor, Code, Host, NetworkId, Operation, OperationId, PoolId, Project, ProjectId, Refusal, Role, Timestamp,
+    TokenId, User, UserId, Vm,
+    access::ApiToken,
+    name::Reference,
+    query::{
+        GrantView, HostView, Listing, Named, NetworkView, OperationView, Page, Query, TokenView, UserView, View, VmView,
+    },
 };
 use uuid::Uuid;
 
 use crate::{
-    capacity,
+    capacity, people, projects,
     request::{self, refuse},
     world::World,
 };
@@ -21,6 +26,9 @@ impl World {
     /// When a thing is not there, or a page's limit is out of bounds.
     pub fn query(&self, actor: &Actor, query: &Query, _now: Timestamp) -> Result<View, Box<Refusal>> {
         let project = actor.project;
+        if actor.role < query.needs() {
+            return Err(request::forbidden(actor, actor.role, query.needs()));
+        }
         Ok(match query {
             Query::Vms(page) => {
                 let ids = of(&self.index.vms, project, *page);
@@ -42,8 +50,11 @@ impl World {
             Query::Operations(page) => View::Operations(self.operations_page(project, *page)?),
             Query::Operation(id) => View::Operation(Box::new(self.operation_of(project, *id)?)),
             Query::Networks(page) => {
-                let ids = of(&self.index.networks, project, *page);
-                View::Networks(listing(*page, ids, |id| self.network_view(id))?)
+                let own = of(&self.index.networks, project, *page);
+                let shared = projects::shared_network(self, project);
+                let shared = shared.filter(|id| page.after.is_none_or(|after| id.0 > after));
+                let ids: std::collections::BTreeSet<NetworkId> = own.chain(shared).collect();
+                View::Networks(listing(*page, ids.into_iter(), |id| self.network_view(id))?)
             }
             Query::Pools(page) => {
                 let ids = after(&self.pools, *page);
@@ -53,7 +64,104 @@ impl World {
                 let ids = of(&self.index.volumes, project, *page);
                 View::Volumes(listing(*page, ids, |id| self.volumes.get(&id).cloned())?)
             }
+            Query::Projects(page) => {
+                let ids = after(&self.projects, *page).filter(|id| self.has_role(actor, *id));
+                View::Projects(listing(*page, ids, |id| self.project(id).cloned())?)
+            }
+            Query::Project(reference) => View::Project(Box::new(self.project_of(actor, reference)?)),
+            Query::Users(page) => {
+                let ids = after(&self.users, *page).filter(|id| self.sees_user(actor, *id));
+                View::Users(listing(*page, ids, |id| {
+                    self.user(id).map(|user| self.user_view(actor, user))
+                })?)
+            }
+            Query::User(reference) => {
+                let user = people::find(self, reference)?;
+                if !self.sees_user(actor, user.id) {
+                    return Err(people::unknown(reference));
+                }
+                View::User(Box::new(self.user_view(actor, user)))
+            }
+            Query::Tokens(page) => {
+                let ids = self.index.service_tokens(project);
+                let ids = ids.filter(|id| page.after.is_none_or(|after| id.0 > after));
+                let token = |id: TokenId| self.api_tokens.get(&id).map(|token| self.token_view(token));
+                View::Tokens(listing(*page, ids, token)?)
+            }
+            Query::OwnToken => {
+                let token = actor.via.token.and_then(|id| self.api_tokens.get(&id));
+                let token = token.ok_or_else(|| refuse(Code::NotFound, "no token was shown", ""))?;
+                View::Token(Box::new(self.token_view(token)))
+            }
         })
+    }
+
+    /// Whether an actor has a role in a project: all for a cloud admin; those of its user, as far as its token reaches.
+    fn has_role(&self, actor: &Actor, project: ProjectId) -> bool {
+        let token = actor.via.token.and_then(|id| self.api_tokens.get(&id));
+        let owner = token.and_then(|token| token.owner).and_then(|id| self.user(id));
+        let elsewhere = token.and_then(|token| token.role_in(project, owner, Timestamp(i64::MIN)));
+        project == actor.project || actor.role == Role::CloudAdmin || elsewhere.is_some()
+    }
+
+    fn project_of(&self, actor: &Actor, reference: &Reference) -> Result<Project, Box<Refusal>> {
+        let project = projects::named(self, reference);
+        let seen = project.filter(|project| self.has_role(actor, project.id));
+        seen.cloned().ok_or_else(|| projects::unknown(reference))
+    }
+
+    /// Whether an actor may know of a user: itself, as a project admin those with a role in the project, as a cloud admin all.
+    fn sees_user(&self, actor: &Actor, user: UserId) -> bool {
+        let here = || {
+            self.user(user)
+                .is_some_and(|user| user.grants.contains_key(&actor.project))
+        };
+        actor.role == Role::CloudAdmin || actor.via.user == Some(user) || (actor.role >= Role::ProjectAdmin && here())
+    }
+
+    fn user_view(&self, actor: &Actor, user: &User) -> UserView {
+        let all = actor.role == Role::CloudAdmin || actor.via.user == Some(user.id);
+        let seen = user
+            .grants
+            .iter()
+            .filter(|(project, _)| all || **project == actor.project);
+        UserView {
+            id: user.id,
+            name: user.name.clone(),
+            cloud_admin: user.cloud_admin,
+            grants: seen
+                .filter_map(|(project, role)| {
+                    let project = self.named_project(*project)?;
+                    Some(GrantView { project, role: *role })
+                })
+                .collect(),
+            disabled: user.disabled,
+            created_at: user.created_at,
+        }
+    }
+
+    fn token_view(&self, token: &ApiToken) -> TokenView {
+        let owner = token.owner.and_then(|id| self.user(id));
+        TokenView {
+            id: token.id,
+            name: token.name.clone(),
+            kind: token.kind,
+            subject: token.actor.subject.clone(),
+            project: self.named_project(token.actor.project),
+            role: token.actor.role,
+            owner: owner.map(|owner| Named {
+                id: owner.id,
+                name: owner.name.clone(),
+            }),
+            created_by: token.created_by.clone(),
+            created_at: token.created_at,
+            expires_at: token.expires_at,
+        }
+    }
+
+    fn named_project(&self, id: ProjectId) -> Option<Named<ProjectId>> {
+        let name = self.project(id)?.name.clone();
+        Some(Named { id, name })
     }
 
     fn vm_view(&self, vm: &Vm) -> VmView {

@@ -1,8 +1,9 @@
 //! Requests: who may ask, what is meant, whether it was asked before; then the verb decides.
 
 use model::{
-    Actor, Code, Command, Host, Millis, Name, Operation, OperationId, OperationKind, OperationState, Outcome, Plan,
-    Refusal, Request, Row, Template, Timestamp, Vm, VmId,
+    Actor, AuditEntry, Code, Command, Host, Millis, Name, Operation, OperationId, OperationKind, OperationState,
+    Outcome, Plan, Refusal, Request, Role, Row, Template, Timestamp, Vm, VmId,
+    audit::AuditResult,
     change::Answer,
     command::IdempotencyKey,
     name::Reference,
@@ -11,7 +12,7 @@ use model::{
 use uuid::Uuid;
 
 use crate::{
-    abandon, cancel, create, hosts, lifecycle, migration, templates,
+    abandon, cancel, create, hosts, lifecycle, migration, people, projects, templates,
     txn::{Txn, target},
     world::World,
 };
@@ -24,15 +25,18 @@ const KEY_MAX: usize = 255;
 
 /// Decides a request and answers it.
 pub(crate) fn handle(txn: &mut Txn<'_>, request: &Request) {
-    let answer = match admit(txn.world(), request) {
-        Ok(Some(before)) => Ok(Outcome::Operation(Box::new(before))),
-        Ok(None) => decide(txn, request),
-        Err(refusal) => Err(refusal),
+    let (answer, is_new) = match admit(txn, request) {
+        Ok(Some(before)) => (Ok(Outcome::Operation(Box::new(before))), false),
+        Ok(None) => (decide(txn, request), true),
+        Err(refusal) => (Err(refusal), true),
     };
     debug_assert!(
         answer.is_ok() || txn.is_untouched(),
         "a refused request changes nothing"
     );
+    if is_new && !request.dry_run {
+        record(txn, request, &answer);
+    }
     if let (Ok(Outcome::Operation(operation)), Some(key)) = (&answer, &request.key) {
         let at = txn.now;
         let known = txn.world().answers.get(&(request.actor.project, key.key.clone()));
@@ -48,15 +52,67 @@ pub(crate) fn handle(txn: &mut Txn<'_>, request: &Request) {
     txn.reply(request.id, answer.map(Box::new));
 }
 
+/// Writes what was decided into the audit log, in the transaction of its effect.
+fn record(txn: &mut Txn<'_>, request: &Request, answer: &Decision) {
+    let (command, actor, now) = (&request.command, &request.actor, txn.now);
+    let result = match (command, answer) {
+        (Command::Note(note), Ok(_)) => match note.refused {
+            Some(code) => AuditResult::Refused { code },
+            None => AuditResult::Accepted { operation: None },
+        },
+        (_, Ok(Outcome::Operation(operation))) => AuditResult::Accepted {
+            operation: Some(operation.id),
+        },
+        (_, Ok(_)) => AuditResult::Accepted { operation: None },
+        (_, Err(refusal)) => AuditResult::Refused { code: refusal.code },
+    };
+    let mut entry = AuditEntry::of(actor, now, request.id.0, command.action(), command.target(), result);
+    match command {
+        Command::OpenSession { user, id, .. } => {
+            entry.user = people::find(txn.world(), user).ok().map(|user| user.id);
+            entry.token = Some(*id);
+            entry.project = None;
+        }
+        Command::Note(note) if !note.in_project => entry.project = None,
+        _ => {}
+    }
+    txn.put(Row::Audit(Box::new(entry)));
+}
+
+/// What the actor may do at this moment: what it came with may have been taken away since it was looked at.
+fn role_now(txn: &Txn<'_>, actor: &Actor) -> Result<Role, Box<Refusal>> {
+    let Some(id) = actor.via.token else {
+        return Ok(actor.role);
+    };
+    let world = txn.world();
+    let token = world.api_tokens.get(&id);
+    let owner = token.and_then(|token| token.owner).and_then(|id| world.user(id));
+    let role = token.and_then(|token| token.role_in(actor.project, owner, txn.now));
+    role.map(|role| role.min(actor.role)).ok_or_else(|| {
+        let message = format!("the token of {} is no longer valid here", actor.subject);
+        refuse(Code::Unauthenticated, message, "log in again: `godwit login`")
+    })
+}
+
+/// The refusal of what a role does not allow.
+pub(crate) fn forbidden(actor: &Actor, role: Role, needs: Role) -> Box<Refusal> {
+    let message = format!(
+        "{} may not do this: its role here is {role}, {needs} is needed",
+        actor.subject
+    );
+    refuse(
+        Code::Forbidden,
+        message,
+        "use a token with that role, or ask for the role",
+    )
+}
+
 /// Whether the actor may, and the operation of the same request if it was made before.
-fn admit(world: &World, request: &Request) -> Result<Option<Operation>, Box<Refusal>> {
-    let (actor, needs) = (&request.actor, request.command.needs());
-    if actor.role < needs {
-        let message = format!(
-            "{} may not do this: its role is {:?}, {needs:?} is needed",
-            actor.subject, actor.role
-        );
-        return Err(refuse(Code::Forbidden, message, "use a token with that role"));
+fn admit(txn: &Txn<'_>, request: &Request) -> Result<Option<Operation>, Box<Refusal>> {
+    let (world, actor, needs) = (txn.world(), &request.actor, request.command.needs());
+    let role = role_now(txn, actor)?;
+    if role < needs {
+        return Err(forbidden(actor, role, needs));
     }
     if !world.projects.contains_key(&actor.project) {
         return Err(refuse(
@@ -144,6 +200,25 @@ fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
         Command::AbandonHost(host) => abandon::host(txn, request, host),
         Command::CreateTemplate { name, content } => templates::create(txn, request, name, content),
         Command::DeleteTemplate(template) => templates::delete(txn, request, template),
+        Command::CreateProject { name, quota } => projects::create(txn, request, name, *quota),
+        Command::DeleteProject(project) => projects::delete(txn, request, project),
+        Command::SetQuota { project, quota } => projects::set_quota(txn, request, project, *quota),
+        Command::CreateUser { name, password } => people::create(txn, request, name, password),
+        Command::SetPassword { user, password } => people::set_password(txn, request, user, password),
+        Command::SetUserDisabled { user, disabled } => people::set_disabled(txn, request, user, *disabled),
+        Command::DeleteUser(user) => people::delete(txn, request, user),
+        Command::Grant { user, role } => people::grant(txn, request, user, *role),
+        Command::Revoke { user, cloud_admin } => people::revoke(txn, request, user, *cloud_admin),
+        Command::CreateToken(token) => people::create_token(txn, request, token),
+        Command::RevokeToken(token) => people::revoke_token(txn, request, *token),
+        Command::OpenSession {
+            user,
+            password,
+            id,
+            hash,
+            valid,
+        } => people::open_session(txn, request, user, password, (*id, *hash, *valid)),
+        Command::Note(_) => Ok(Outcome::Done),
     }
 }
 

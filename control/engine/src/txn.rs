@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use model::{
     Change, Effect, Host, HostId, Key, Notice, Operation, OperationId, OperationState, Order, Outcome, Port, PortId,
-    ProjectId, Refusal, RequestId, Row, Template, TemplateId, Timestamp, Vm, VmId, Volume, VolumeId,
+    ProjectId, Refusal, RequestId, Row, Template, TemplateId, Timestamp, User, UserId, Vm, VmId, Volume, VolumeId,
     change::OutboxRow,
     operation::{Progress, Target, TargetKind},
     order::{Subject, Verb, VmOrder},
@@ -135,6 +135,15 @@ impl<'w> Txn<'w> {
         };
         edit(&mut port);
         self.put(Row::Port(port));
+    }
+
+    /// Changes a user.
+    pub(crate) fn edit_user(&mut self, id: UserId, edit: impl FnOnce(&mut User)) {
+        let Some(mut user) = self.world.users.get(&id).cloned() else {
+            return;
+        };
+        edit(&mut user);
+        self.put(Row::User(user));
     }
 
     /// Changes a volume.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use model::{
     Change, Epoch, Host, HostId, Key, Name, Network, NetworkId, Notice, Operation, OperationId, Order, Pool, PoolId,
-    Port, PortId, Project, ProjectId, Row, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, Vm, VmId,
-    Volume, VolumeId,
+    Port, PortId, Project, ProjectId, Row, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, User, UserId,
+    Vm, VmId, Volume, VolumeId,
     access::{ApiToken, JoinToken},
     change::{Answer, OutboxRow},
     id::Sequence,
@@ -34,6 +34,7 @@ pub struct World {
     pub(crate) outbox: BTreeMap<(HostId, Subject), Box<OutboxRow>>,
     pub(crate) answers: BTreeMap<(ProjectId, String), Answer>,
     pub(crate) notices: BTreeMap<Sequence, Box<Notice>>,
+    pub(crate) users: BTreeMap<UserId, Box<User>>,
     pub(crate) index: Index,
     pub(crate) transient: Transient,
 }
@@ -89,6 +90,7 @@ impl PartialEq for World {
             && self.outbox == other.outbox
             && self.answers == other.answers
             && self.notices == other.notices
+            && self.users == other.users
     }
 }
 
@@ -110,8 +112,22 @@ impl World {
             world.insert(row);
         }
         world.check_references()?;
+        world.count_disks();
         world.transient.dirty = world.vms.keys().copied().collect();
         Ok(world)
+    }
+
+    /// Counts what projects' disks hold: rows of before that was counted do not say it.
+    fn count_disks(&mut self) {
+        for project in self.projects.values_mut() {
+            project.used.disk_bytes = 0;
+        }
+        for volume in self.volumes.values() {
+            if let Some(project) = self.projects.get_mut(&volume.project) {
+                let used = &mut project.used.disk_bytes;
+                *used = used.saturating_add(volume.size_bytes);
+            }
+        }
     }
 
     /// Every reference that the engine follows without looking.
@@ -236,6 +252,12 @@ impl World {
         self.projects.get(&id)
     }
 
+    /// A user.
+    #[must_use]
+    pub fn user(&self, id: UserId) -> Option<&User> {
+        self.users.get(&id).map(|user| &**user)
+    }
+
     /// A host.
     #[must_use]
     pub fn host(&self, id: HostId) -> Option<&Host> {
@@ -310,6 +332,7 @@ impl World {
         rows.extend(self.outbox.values().cloned().map(Row::Outbox));
         rows.extend(self.answers.values().cloned().map(Row::Answer));
         rows.extend(self.notices.values().cloned().map(Row::Notice));
+        rows.extend(self.users.values().cloned().map(Row::User));
         rows
     }
 
@@ -331,6 +354,8 @@ impl World {
             Key::Outbox(host, subject) => self.outbox.contains_key(&(*host, *subject)),
             Key::Answer(project, key) => self.answers.contains_key(&(*project, key.clone())),
             Key::Notice(sequence) => self.notices.contains_key(sequence),
+            Key::User(id) => self.users.contains_key(id),
+            Key::Audit(_) => false,
         }
     }
 
@@ -352,6 +377,8 @@ impl World {
             Row::Outbox(row) => self.outbox.get(&(row.host, row.order.subject())) == Some(row),
             Row::Answer(row) => self.answers.get(&(row.project, row.key.clone())) == Some(row),
             Row::Notice(row) => self.notices.get(&row.sequence) == Some(row),
+            Row::User(row) => self.users.get(&row.id) == Some(row),
+            Row::Audit(_) => false,
         }
     }
 
@@ -375,6 +402,9 @@ impl World {
             Row::Outbox(row) => drop(self.outbox.insert((row.host, row.order.subject()), row)),
             Row::Answer(row) => drop(self.answers.insert((row.project, row.key.clone()), row)),
             Row::Notice(row) => drop(self.notices.insert(row.sequence, row)),
+            Row::User(row) => drop(self.users.insert(row.id, row)),
+            // Written once and read from the store alone.
+            Row::Audit(_) => {}
         }
     }
 
@@ -396,6 +426,8 @@ impl World {
             Key::Outbox(host, subject) => self.outbox.remove(&(*host, *subject)).map(Row::Outbox),
             Key::Answer(project, key) => self.answers.remove(&(*project, key.clone())).map(Row::Answer),
             Key::Notice(sequence) => self.notices.remove(sequence).map(Row::Notice),
+            Key::User(id) => self.users.remove(id).map(Row::User),
+            Key::Audit(_) => None,
         }?;
         self.index.touch(&row, false);
         Some(row)

@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Host, HostId, Network, NetworkId, Notice, Operation, OperationId, Order, Pool, PoolId, Port, PortId, Project,
-    ProjectId, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, Vm, VmId, Volume, VolumeId,
+    AuditEntry, AuditId, Host, HostId, Network, NetworkId, Notice, Operation, OperationId, Order, Pool, PoolId, Port,
+    PortId, Project, ProjectId, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, User, UserId, Vm, VmId,
+    Volume, VolumeId,
     access::{ApiToken, JoinToken},
     order::Subject,
 };
@@ -43,6 +44,10 @@ pub enum Row {
     Answer(Answer),
     /// An entry of the stream of notices. Bounded: the oldest go.
     Notice(Box<Notice>),
+    /// A user.
+    User(Box<User>),
+    /// An entry of the audit log. It is only written: the world in memory never holds it.
+    Audit(Box<AuditEntry>),
 }
 
 /// The newest order about a subject that a host has not answered.
@@ -102,6 +107,10 @@ pub enum Key {
     Answer(ProjectId, String),
     /// A notice.
     Notice(crate::id::Sequence),
+    /// A user.
+    User(UserId),
+    /// An entry of the audit log.
+    Audit(AuditId),
 }
 
 /// A change of the durable world.
@@ -133,6 +142,8 @@ impl Row {
             Self::Outbox(row) => Key::Outbox(row.host, row.order.subject()),
             Self::Answer(row) => Key::Answer(row.project, row.key.clone()),
             Self::Notice(row) => Key::Notice(row.sequence),
+            Self::User(row) => Key::User(row.id),
+            Self::Audit(row) => Key::Audit(row.id),
         }
     }
 }

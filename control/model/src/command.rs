@@ -5,8 +5,12 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
-    Actor, HostId, Millis, Name, Operation, RequestId, Revision, Role, VmId, access::JoinToken, layout::Family,
-    name::Reference, template::Content,
+    Actor, HostId, Millis, Name, Operation, RequestId, Revision, Role, Timestamp, TokenId, VmId,
+    access::{JoinToken, PasswordHash, Quota, TokenHash},
+    audit::AuditNote,
+    layout::Family,
+    name::Reference,
+    template::Content,
 };
 
 /// A request as it reaches the engine: all that a decision needs, ids included.
@@ -107,6 +111,94 @@ pub enum Command {
     },
     /// Delete a template. Legal when no VM is made from it.
     DeleteTemplate(Reference),
+    /// Make a project. Legal when its name is free.
+    CreateProject {
+        /// Its name.
+        name: Name,
+        /// What its VMs may hold at most.
+        quota: Quota,
+    },
+    /// Delete a project, with its service tokens and what users were granted in it. Legal when nothing is in it; never for `default`.
+    DeleteProject(Reference),
+    /// Bound what a project's VMs may hold. What they hold already stays.
+    SetQuota {
+        /// Which.
+        project: Reference,
+        /// What they may hold at most.
+        quota: Quota,
+    },
+    /// Make a user, who may do nothing yet. Legal when the name is free.
+    CreateUser {
+        /// Its name.
+        name: Name,
+        /// What its password is checked against.
+        password: PasswordHash,
+    },
+    /// Change a password, and end the user's other sessions. Legal for oneself and for cloud admins.
+    SetPassword {
+        /// Whose.
+        user: Reference,
+        /// What it is checked against from now on.
+        password: PasswordHash,
+    },
+    /// Keep a user out, sessions and tokens at once, or let it in again. Legal when a cloud admin remains.
+    SetUserDisabled {
+        /// Whom.
+        user: Reference,
+        /// Whether it may not come in.
+        disabled: bool,
+    },
+    /// Delete a user with its sessions and tokens. Legal when a cloud admin remains.
+    DeleteUser(Reference),
+    /// Let a user do something in the actor's project, in place of what it may do there; or everything, as a cloud admin. Legal for
+    /// what the actor may do itself.
+    Grant {
+        /// Whom.
+        user: Reference,
+        /// What.
+        role: Role,
+    },
+    /// Take a user's role in the actor's project away, or that of a cloud admin. Legal when a cloud admin remains.
+    Revoke {
+        /// Whose.
+        user: Reference,
+        /// Whether it is the cloud admin's role that goes.
+        cloud_admin: bool,
+    },
+    /// Make a service token of the actor's project. Its text is made by the edge; only its hash comes here.
+    CreateToken(NewToken),
+    /// End a token. Legal for one's own, and for service tokens of the project that one administers.
+    RevokeToken(TokenId),
+    /// Begin a session of a user whose password the controller has checked.
+    OpenSession {
+        /// Whose.
+        user: Reference,
+        /// What it was checked against: if it was changed meanwhile, the check counts for nothing.
+        password: PasswordHash,
+        /// The token.
+        id: TokenId,
+        /// Hash of its secret.
+        hash: TokenHash,
+        /// How long it is valid.
+        valid: Millis,
+    },
+    /// Write something into the audit log that no other command stands for. The controller's own.
+    Note(AuditNote),
+}
+
+/// A service token to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewToken {
+    /// Its id.
+    pub id: TokenId,
+    /// Hash of its secret.
+    pub hash: TokenHash,
+    /// What people call it.
+    pub name: Name,
+    /// What it may do in the actor's project: at most what the actor may.
+    pub role: Role,
+    /// When it stops being valid; `None` never. Not after the token that asks for it, unless that is a session's.
+    pub expires_at: Option<Timestamp>,
 }
 
 impl Command {
@@ -129,7 +221,107 @@ impl Command {
             | Self::JoinHost { .. }
             | Self::SetSchedulable { .. }
             | Self::RemoveHost(_)
-            | Self::AbandonHost(_) => Role::CloudAdmin,
+            | Self::AbandonHost(_)
+            | Self::CreateProject { .. }
+            | Self::DeleteProject(_)
+            | Self::SetQuota { .. }
+            | Self::CreateUser { .. }
+            | Self::SetUserDisabled { .. }
+            | Self::DeleteUser(_)
+            | Self::OpenSession { .. } => Role::CloudAdmin,
+            Self::Grant { role, .. } => match role {
+                Role::CloudAdmin => Role::CloudAdmin,
+                _ => Role::ProjectAdmin,
+            },
+            Self::Revoke { cloud_admin, .. } => match cloud_admin {
+                true => Role::CloudAdmin,
+                false => Role::ProjectAdmin,
+            },
+            Self::CreateToken(token) => match token.role {
+                Role::CloudAdmin => Role::CloudAdmin,
+                _ => Role::ProjectAdmin,
+            },
+            // Whose password and whose token it is decides more.
+            Self::SetPassword { .. } | Self::RevokeToken(_) | Self::Note(_) => Role::Viewer,
+        }
+    }
+
+    /// What the audit log calls it: stable, dotted.
+    #[must_use]
+    pub const fn action(&self) -> &'static str {
+        match self {
+            Self::CreateVm(_) => "vm.create",
+            Self::StartVm(_) => "vm.start",
+            Self::StopVm { .. } => "vm.stop",
+            Self::KillVm(_) => "vm.kill",
+            Self::RebootVm(_) => "vm.reboot",
+            Self::PauseVm(_) => "vm.pause",
+            Self::ResumeVm(_) => "vm.resume",
+            Self::DeleteVm(_) => "vm.delete",
+            Self::MigrateVm { .. } => "vm.migrate",
+            Self::CancelOperation(_) => "operation.cancel",
+            Self::AddJoinToken(_) => "host.add-token",
+            Self::JoinHost { .. } => "host.join",
+            Self::SetSchedulable { .. } => "host.set-schedulable",
+            Self::RemoveHost(_) => "host.remove",
+            Self::AbandonHost(_) => "host.abandon",
+            Self::CreateTemplate { .. } => "template.create",
+            Self::DeleteTemplate(_) => "template.delete",
+            Self::CreateProject { .. } => "project.create",
+            Self::DeleteProject(_) => "project.delete",
+            Self::SetQuota { .. } => "project.set-quota",
+            Self::CreateUser { .. } => "user.create",
+            Self::SetPassword { .. } => "user.set-password",
+            Self::SetUserDisabled { disabled: true, .. } => "user.disable",
+            Self::SetUserDisabled { .. } => "user.enable",
+            Self::DeleteUser(_) => "user.delete",
+            Self::Grant { .. } => "user.grant",
+            Self::Revoke { .. } => "user.revoke",
+            Self::CreateToken(_) => "token.create",
+            Self::RevokeToken(_) => "token.revoke",
+            Self::OpenSession { .. } => "session.login",
+            Self::Note(note) => note.action,
+        }
+    }
+
+    /// The thing that it is about, for the audit log: a name or id, and a role where one is given. Never a secret.
+    #[must_use]
+    pub fn target(&self) -> String {
+        match self {
+            Self::CreateVm(wanted) => wanted.name.to_string(),
+            Self::StartVm(of)
+            | Self::StopVm { vm: of, .. }
+            | Self::KillVm(of)
+            | Self::RebootVm(of)
+            | Self::PauseVm(of)
+            | Self::ResumeVm(of)
+            | Self::DeleteVm(of)
+            | Self::MigrateVm { vm: of, .. }
+            | Self::SetSchedulable { host: of, .. }
+            | Self::RemoveHost(of)
+            | Self::AbandonHost(of)
+            | Self::DeleteTemplate(of)
+            | Self::DeleteProject(of)
+            | Self::SetQuota { project: of, .. }
+            | Self::SetPassword { user: of, .. }
+            | Self::SetUserDisabled { user: of, .. }
+            | Self::DeleteUser(of)
+            | Self::OpenSession { user: of, .. } => of.to_string(),
+            Self::Grant { user, role } => format!("{user} {role}"),
+            Self::Revoke {
+                user,
+                cloud_admin: true,
+            } => format!("{user} {}", Role::CloudAdmin),
+            Self::Revoke { user, .. } => user.to_string(),
+            Self::CancelOperation(id) => id.to_string(),
+            Self::AddJoinToken(token) => token.id.to_string(),
+            Self::JoinHost { name, .. }
+            | Self::CreateTemplate { name, .. }
+            | Self::CreateProject { name, .. }
+            | Self::CreateUser { name, .. } => name.to_string(),
+            Self::CreateToken(token) => format!("{} {} {}", token.name, token.role, token.id),
+            Self::RevokeToken(id) => id.to_string(),
+            Self::Note(note) => note.target.clone(),
         }
     }
 }

@@ -74,6 +74,10 @@ ids! {
     RequestId,
     /// A join token or an API token.
     TokenId,
+    /// A person.
+    UserId,
+    /// An entry of the audit log. Begins with its time: the order of ids is the order of entries.
+    AuditId,
 }
 
 macro_rules! numbers {

@@ -13,6 +13,7 @@
 //! - Nothing secret is a plain field: see [`secret::Secret`].
 
 pub mod access;
+pub mod audit;
 pub mod change;
 pub mod command;
 pub mod event;
@@ -32,7 +33,8 @@ pub mod template;
 pub mod time;
 pub mod vm;
 
-pub use access::{Actor, Project, Role};
+pub use access::{Actor, Project, Role, User, Via};
+pub use audit::AuditEntry;
 pub use change::{Change, Key, Row};
 pub use command::{Command, Outcome, Plan, Request};
 pub use event::{Effect, Event, Notice};

@@ -5,8 +5,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
-    Host, HostId, Name, Network, Operation, OperationId, Pool, Port, Revision, Subnet, Template, TemplateId, Timestamp,
-    VmId, VmSpec, VmStatus, Volume, layout::Layout, name::Reference, operation::Progress,
+    Host, HostId, Name, Network, Operation, OperationId, Pool, Port, Project, ProjectId, Revision, Role, Subnet,
+    Template, TemplateId, Timestamp, TokenId, UserId, VmId, VmSpec, VmStatus, Volume, access::TokenKind,
+    layout::Layout, name::Reference, operation::Progress,
 };
 
 /// A read of the committed world, within the actor's project.
@@ -34,6 +35,29 @@ pub enum Query {
     Pools(Page),
     /// A page of volumes.
     Volumes(Page),
+    /// A page of the projects in which the actor has a role.
+    Projects(Page),
+    /// One of them.
+    Project(Reference),
+    /// A page of users: of the project; for a cloud admin, all.
+    Users(Page),
+    /// One of them, or oneself.
+    User(Reference),
+    /// A page of the project's service tokens.
+    Tokens(Page),
+    /// The token that the actor showed.
+    OwnToken,
+}
+
+impl Query {
+    /// The least role that may ask it.
+    #[must_use]
+    pub const fn needs(&self) -> Role {
+        match self {
+            Self::Users(_) | Self::Tokens(_) => Role::ProjectAdmin,
+            _ => Role::Viewer,
+        }
+    }
 }
 
 /// Which part of a list.
@@ -75,6 +99,18 @@ pub enum View {
     Pools(Listing<Pool>),
     /// Volumes.
     Volumes(Listing<Volume>),
+    /// Projects.
+    Projects(Listing<Project>),
+    /// A project.
+    Project(Box<Project>),
+    /// Users.
+    Users(Listing<UserView>),
+    /// A user.
+    User(Box<UserView>),
+    /// Tokens.
+    Tokens(Listing<TokenView>),
+    /// A token.
+    Token(Box<TokenView>),
 }
 
 /// Part of a list.
@@ -170,4 +206,55 @@ pub struct NetworkView {
     pub subnets: Vec<Subnet>,
     /// Addresses in use or resting.
     pub addresses_used: u64,
+}
+
+/// A user, as far as the one who reads may see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UserView {
+    /// Its id.
+    pub id: UserId,
+    /// Its name.
+    pub name: Name,
+    /// Whether it may do everything, in all projects.
+    pub cloud_admin: bool,
+    /// What it may do in which project.
+    pub grants: Vec<GrantView>,
+    /// Whether it may not come in for now.
+    pub disabled: bool,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// A role in a project.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GrantView {
+    /// The project.
+    pub project: Named<ProjectId>,
+    /// The role.
+    pub role: Role,
+}
+
+/// A token, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TokenView {
+    /// Its id.
+    pub id: TokenId,
+    /// What people call it.
+    pub name: Option<Name>,
+    /// What it is for.
+    pub kind: TokenKind,
+    /// Whom it speaks for, as operations and the audit log name it.
+    pub subject: String,
+    /// The project that it speaks for.
+    pub project: Option<Named<ProjectId>>,
+    /// What it may do there at most.
+    pub role: Role,
+    /// The user whose right it uses.
+    pub owner: Option<Named<UserId>>,
+    /// Who made it.
+    pub created_by: String,
+    /// When it was made; `None` before that was noted.
+    pub created_at: Option<Timestamp>,
+    /// When it stops being valid; `None` never.
+    pub expires_at: Option<Timestamp>,
 }

@@ -46,6 +46,8 @@ pub enum Code {
     ReadOnly,
     /// The controller has as much to do as it takes; try again.
     Overloaded,
+    /// Too many attempts to log in; wait.
+    TooManyAttempts,
     /// A code of a newer version.
     #[serde(other)]
     Other,

@@ -11,10 +11,11 @@
 //! - A commit that was acknowledged survives kill -9 and loss of power (WAL, synchronous=FULL); one that was refused left nothing.
 //! - A deposed leader writes nothing: its epoch is compared in the same transaction.
 //! - What was promised is not taken back: a VM's highest generation, revision and order number only grow, an operation
-//!   that is over stays so, an idempotency key keeps its first answer for a day, a notice is never rewritten.
+//!   that is over stays so, an idempotency key keeps its first answer for a day, a notice or audit
+//!   entry is never rewritten.
 //! - Names, MACs and addresses are unique, and references lead somewhere, by the database's own constraints.
 //! - A full or failing disk makes the store read-only until [`Store::reload`] has written something again.
-//! - Everything is bounded: notices, answers and finished operations by [`Retention`], pages by `Page::LIMIT_MAX`.
+//! - Everything is bounded: notices, answers, audit entries and finished operations by [`Retention`], pages by `Page::LIMIT_MAX`.
 
 mod database;
 mod error;
@@ -26,7 +27,8 @@ mod writer;
 use std::{fs::File, path::Path};
 
 use model::{
-    Change, Epoch, Millis, Notice, Operation, OperationId, ProjectId, Row,
+    AuditEntry, Change, Epoch, Millis, Notice, Operation, OperationId, ProjectId, Row,
+    audit::AuditFilter,
     change::Answer,
     id::Sequence,
     query::{Listing, Page},
@@ -49,7 +51,7 @@ pub struct CommitSeq(pub u64);
 pub struct Loaded {
     /// The epoch under which this process leads.
     pub epoch: Epoch,
-    /// All rows but answers, notices and finished operations. What is referred to comes before what refers to it, and rows
+    /// All rows but answers, notices, audit entries and finished operations. What is referred to comes before what refers to it, and rows
     /// of a kind are in the order of their ids.
     pub rows: Vec<Row>,
     /// The newest notice; zero if there is none.
@@ -76,6 +78,10 @@ pub struct Retention {
     pub answers_max: usize,
     /// How long answers are kept at most, reckoned from the newest one.
     pub answer_age_max: Millis,
+    /// The newest entries of the audit log. Export what must be kept for longer: `godwit audit export`.
+    pub audit_max: usize,
+    /// How long they are kept at most, reckoned from the newest one.
+    pub audit_age_max: Millis,
 }
 
 impl Default for Retention {
@@ -85,6 +91,8 @@ impl Default for Retention {
             operations_max: 100_000,
             answers_max: 200_000,
             answer_age_max: Millis::seconds(24 * 60 * 60),
+            audit_max: 1_000_000,
+            audit_age_max: Millis::seconds(366 * 24 * 60 * 60),
         }
     }
 }
@@ -200,6 +208,14 @@ impl Store {
     /// [`LoadError`].
     pub async fn operations(&self, project: Option<ProjectId>, page: Page) -> Result<Listing<Operation>, LoadError> {
         read::operations(&mut *self.reader.lock().await, project, page).await
+    }
+
+    /// A page of the audit log, the newest first.
+    ///
+    /// # Errors
+    /// [`LoadError`].
+    pub async fn audit(&self, filter: &AuditFilter, page: Page) -> Result<Listing<AuditEntry>, LoadError> {
+        read::audit(&mut *self.reader.lock().await, filter, page).await
     }
 
     /// An operation, finished or not.

@@ -1,12 +1,13 @@
 //! What is read from the store while the cell runs: what the world in memory does not hold.
 
 use model::{
-    Notice, Operation, OperationId, ProjectId, Row,
+    AuditEntry, AuditId, Notice, Operation, OperationId, ProjectId, Row,
+    audit::AuditFilter,
     change::Answer,
     id::Sequence,
     query::{Listing, Page},
 };
-use sqlx::{SqliteConnection, sqlite::SqliteRow};
+use sqlx::{AssertSqlSafe, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
     LoadError, NoticePage,
@@ -73,6 +74,46 @@ pub(crate) async fn operations(
     Ok(Listing { items, next })
 }
 
+/// Times are bounds of ids, so that each question is one range of one index.
+pub(crate) async fn audit(
+    connection: &mut SqliteConnection,
+    filter: &AuditFilter,
+    page: Page,
+) -> Result<Listing<AuditEntry>, LoadError> {
+    let limit = page.limit.clamp(1, Page::LIMIT_MAX);
+    let after = page.after.map(|id| id.to_string());
+    let until = filter.until.map(|at| AuditId::first_at(at).to_string());
+    let before = after.into_iter().chain(until).min().unwrap_or_else(|| "g".to_owned());
+    let from = filter
+        .from
+        .map(|at| AuditId::first_at(at).to_string())
+        .unwrap_or_default();
+    let mut sql = "SELECT body_version, body FROM audit_entry WHERE id < $1 AND id >= $2".to_owned();
+    let equal = [
+        ("project_id", filter.project.map(|id| id.to_string())),
+        ("subject", filter.subject.clone()),
+    ];
+    let equal: Vec<_> = equal
+        .into_iter()
+        .filter_map(|(column, value)| Some((column, value?)))
+        .collect();
+    for (place, (column, _)) in (3..).zip(&equal) {
+        sql.push_str(&format!(" AND {column} = ${place}"));
+    }
+    sql.push_str(&format!(" ORDER BY id DESC LIMIT {}", bounded(limit + 1)));
+    // Made of the words above and a number.
+    let mut query = sqlx::query(AssertSqlSafe(sql)).bind(before).bind(from);
+    for (_, value) in equal {
+        query = query.bind(value);
+    }
+    let rows = query.fetch_all(&mut *connection).await?;
+    let mut items = rows.iter().map(audit_row).collect::<Result<Vec<_>, _>>()?;
+    let more = items.len() > limit;
+    items.truncate(limit);
+    let next = items.last().filter(|_| more).map(|entry| entry.id.0);
+    Ok(Listing { items, next })
+}
+
 pub(crate) async fn operation(
     connection: &mut SqliteConnection,
     id: OperationId,
@@ -116,6 +157,13 @@ fn notice(row: &SqliteRow) -> Result<Notice, LoadError> {
 fn operation_row(row: &SqliteRow) -> Result<Operation, LoadError> {
     match decode(Table::Operation, row)? {
         Row::Operation(operation) => Ok(*operation),
+        _ => unreachable!("a table decodes to its own kind"),
+    }
+}
+
+fn audit_row(row: &SqliteRow) -> Result<AuditEntry, LoadError> {
+    match decode(Table::Audit, row)? {
+        Row::Audit(entry) => Ok(*entry),
         _ => unreachable!("a table decodes to its own kind"),
     }
 }

@@ -11,7 +11,7 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 pub(crate) const BODY_VERSION: i64 = 1;
 
 /// The n-th leads from schema n to schema n + 1.
-const MIGRATIONS: [&str; 1] = [V1];
+const MIGRATIONS: [&str; 2] = [V1, V2];
 
 /// Why the schema could not be brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -187,4 +187,23 @@ CREATE TABLE notice (
     body_version BIGINT NOT NULL,
     body TEXT NOT NULL
 );
+";
+
+/// Users and the audit log. `user` alone is a word of SQL.
+const V2: &str = "
+CREATE TABLE cell_user (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    body_version BIGINT NOT NULL,
+    body TEXT NOT NULL
+);
+CREATE TABLE audit_entry (
+    id TEXT PRIMARY KEY,
+    project_id TEXT,
+    subject TEXT NOT NULL,
+    body_version BIGINT NOT NULL,
+    body TEXT NOT NULL
+);
+CREATE INDEX audit_entry_project ON audit_entry (project_id, id);
+CREATE INDEX audit_entry_subject ON audit_entry (subject, id);
 ";

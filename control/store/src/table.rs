@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use model::{
-    Change, Key, Notice, Operation, Order, Row,
+    AuditEntry, Change, Key, Notice, Operation, Order, Row, User,
     change::{Answer, OutboxRow},
     order::Subject,
 };
@@ -40,6 +40,8 @@ pub(crate) enum Table {
     Outbox,
     Answer,
     Notice,
+    User,
+    Audit,
 }
 
 struct Definition {
@@ -75,7 +77,7 @@ pub enum EncodeError {
 }
 
 impl Table {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::Project,
         Self::Host,
         Self::Pool,
@@ -91,6 +93,8 @@ impl Table {
         Self::Outbox,
         Self::Answer,
         Self::Notice,
+        Self::User,
+        Self::Audit,
     ];
 
     // tidy: long because it is the list of all tables.
@@ -169,6 +173,9 @@ impl Table {
                 ),
             ),
             Self::Notice => ("notice", &["sequence"], &["project_id"], Never),
+            Self::User => ("cell_user", id, &["name"], Always),
+            // What was written stays as it was written.
+            Self::Audit => ("audit_entry", id, &["project_id", "subject"], Never),
         };
         Definition {
             name,
@@ -218,7 +225,8 @@ impl Table {
             Self::JoinToken => Some("SELECT body_version, body FROM join_token ORDER BY id"),
             Self::ApiToken => Some("SELECT body_version, body FROM api_token ORDER BY id"),
             Self::Outbox => Some("SELECT body_version, body FROM outbox ORDER BY host_id, subject"),
-            Self::Answer | Self::Notice => None,
+            Self::User => Some("SELECT body_version, body FROM cell_user ORDER BY id"),
+            Self::Answer | Self::Notice | Self::Audit => None,
         }
     }
 
@@ -243,6 +251,8 @@ impl Table {
             Self::Outbox => Row::Outbox(read(body)?),
             Self::Answer => Row::Answer(read(body)?),
             Self::Notice => Row::Notice(read(body)?),
+            Self::User => Row::User(read(body)?),
+            Self::Audit => Row::Audit(read(body)?),
         })
     }
 }
@@ -322,6 +332,8 @@ fn key_values(key: &Key) -> Result<(Table, Vec<Value>), EncodeError> {
         Key::Outbox(host, subject) => (Table::Outbox, vec![text(host), subject_text(*subject)]),
         Key::Answer(project, key) => (Table::Answer, vec![text(project), text(key)]),
         Key::Notice(sequence) => (Table::Notice, vec![number(sequence.0)?]),
+        Key::User(id) => (Table::User, vec![text(id)]),
+        Key::Audit(id) => (Table::Audit, vec![text(id)]),
     })
 }
 
@@ -395,6 +407,14 @@ fn columns(row: &Row, to: &mut Vec<Value>) -> Result<String, EncodeError> {
         Row::Notice(row) => {
             to.push(maybe(row.project));
             json::<Notice>(row)
+        }
+        Row::User(row) => {
+            to.push(text(row.name.as_str()));
+            json::<User>(row)
+        }
+        Row::Audit(row) => {
+            to.extend([maybe(row.project), text(&row.subject)]);
+            json::<AuditEntry>(row)
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{Change, Epoch, OperationState, Row};
+use model::{AuditId, Change, Epoch, OperationState, Row, Timestamp};
 use sqlx::{Connection as _, Sqlite, SqliteConnection, query::Query, sqlite::SqliteArguments};
 
 use crate::{
@@ -250,7 +250,7 @@ fn describe(value: &Value) -> String {
 /// Whether it adds to a table that is kept bounded.
 fn is_bounded(row: &Row) -> bool {
     match row {
-        Row::Notice(_) | Row::Answer(_) => true,
+        Row::Notice(_) | Row::Answer(_) | Row::Audit(_) => true,
         Row::Operation(operation) => !matches!(operation.state, OperationState::Running),
         _ => false,
     }
@@ -297,5 +297,28 @@ pub(crate) async fn prune(connection: &mut SqliteConnection, retention: Retentio
     .bind(limit(retention.answers_max))
     .execute(&mut *transaction)
     .await?;
+    prune_audit(&mut transaction, retention).await?;
     transaction.commit().await
+}
+
+/// An entry's id begins with its time: what is too old is below an id.
+async fn prune_audit(connection: &mut SqliteConnection, retention: Retention) -> Result<(), sqlx::Error> {
+    let sql = "DELETE FROM audit_entry WHERE id <= (SELECT id FROM audit_entry ORDER BY id DESC LIMIT 1 OFFSET $1)";
+    sqlx::query(sql)
+        .bind(i64::try_from(retention.audit_max).unwrap_or(i64::MAX))
+        .execute(&mut *connection)
+        .await?;
+    let newest: Option<String> = sqlx::query_scalar("SELECT MAX(id) FROM audit_entry")
+        .fetch_one(&mut *connection)
+        .await?;
+    let Some(newest) = newest.and_then(|id| id.parse::<AuditId>().ok()) else {
+        return Ok(());
+    };
+    let age_max = i64::try_from(retention.audit_age_max.0).unwrap_or(i64::MAX);
+    let oldest = Timestamp(newest.time().0.saturating_sub(age_max).max(0));
+    sqlx::query("DELETE FROM audit_entry WHERE id < $1")
+        .bind(AuditId::first_at(oldest).to_string())
+        .execute(connection)
+        .await?;
+    Ok(())
 }

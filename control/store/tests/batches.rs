@@ -377,6 +377,7 @@ async fn history_stays_within_its_bounds_and_a_watcher_learns_what_it_missed() {
         operations_max: 5,
         answers_max: 7,
         answer_age_max: Millis::seconds(3600),
+        ..Retention::default()
     };
     let (store, _) = Store::open_with(dir.path(), retention).await.unwrap();
     store.commit(put(base())).await.unwrap();

@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use model::{Row, id::Sequence};
+use model::{Row, Timestamp, audit::AuditFilter, id::Sequence, query::Page};
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     thread::{UnshareFlags, unshare_unsafe},
@@ -22,6 +22,7 @@ use support::*;
 
 const WRITER_DIR: &str = "STORE_TEST_WRITER_DIR";
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v1.sqlite");
+const FIXTURE_V2: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v2.sqlite");
 
 fn vms(rows: &[Row]) -> Vec<u128> {
     rows.iter()
@@ -320,4 +321,72 @@ async fn a_store_of_schema_1_opens_with_all_its_rows() {
         Some(answer(0x100))
     );
     store.commit(put(creation(0x200, 2))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_of_schema_2_opens_with_all_its_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(FIXTURE_V2, dir.path().join("cell.sqlite")).unwrap();
+    let (store, loaded) = Store::open(dir.path()).await.unwrap();
+    assert_eq!(sorted(loaded.rows), in_world(&world_v2()));
+    let all = store.audit(&AuditFilter::default(), page(10, None)).await.unwrap();
+    assert_eq!((all.items.len(), all.next), (1, None));
+}
+
+fn page(limit: usize, after: Option<uuid::Uuid>) -> Page {
+    Page { limit, after }
+}
+
+#[tokio::test]
+async fn the_audit_log_is_paged_filtered_never_rewritten_and_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let retention = store::Retention {
+        audit_max: 6,
+        audit_age_max: model::Millis(1000),
+        ..store::Retention::default()
+    };
+    let (store, _) = Store::open_with(dir.path(), retention).await.unwrap();
+    store.commit(put(base())).await.unwrap();
+    let at = |n: u128| Timestamp(1_700_000_000_000 + 100 * i64::try_from(n).unwrap());
+    let who = |n: u128| if n.is_multiple_of(2) { "alice" } else { "bob" };
+    store
+        .commit(put((0..8).map(|n| audit_entry(n, at(n), who(n)))))
+        .await
+        .unwrap();
+    let times = |listing: &model::query::Listing<model::AuditEntry>| -> Vec<i64> {
+        listing.items.iter().map(|entry| (entry.at.0 - at(0).0) / 100).collect()
+    };
+    let all = AuditFilter::default();
+    let first = store.audit(&all, page(5, None)).await.unwrap();
+    assert_eq!(times(&first), [7, 6, 5, 4, 3]);
+    let rest = store.audit(&all, page(5, first.next)).await.unwrap();
+    assert_eq!((times(&rest), rest.next), (vec![2, 1, 0], None));
+    let some = AuditFilter {
+        project: Some(project_id()),
+        subject: Some("alice".to_owned()),
+        from: Some(at(2)),
+        until: Some(at(6)),
+    };
+    assert_eq!(times(&store.audit(&some, page(5, None)).await.unwrap()), [4, 2]);
+    let elsewhere = AuditFilter {
+        project: Some(model::ProjectId(uuid(99))),
+        ..some
+    };
+    assert!(store.audit(&elsewhere, page(5, None)).await.unwrap().items.is_empty());
+
+    let forged = store.commit(put([audit_entry(3, at(3), "mallory")])).await;
+    assert!(forged.is_err(), "an entry is never rewritten");
+    let kept = store.audit(&all, page(10, None)).await.unwrap();
+    assert!(kept.items.iter().all(|entry| entry.subject != "mallory"));
+
+    drop(store);
+    let (store, _) = Store::open_with(dir.path(), retention).await.unwrap();
+    assert_eq!(
+        times(&store.audit(&all, page(10, None)).await.unwrap()),
+        [7, 6, 5, 4, 3, 2]
+    );
+    store.commit(put([audit_entry(15, at(15), "bob")])).await.unwrap();
+    drop(store);
+    let (store, _) = Store::open_with(dir.path(), retention).await.unwrap();
+    assert_eq!(times(&store.audit(&all, page(10, None)).await.unwrap()), [15, 7, 6, 5]);
 }

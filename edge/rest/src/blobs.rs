@@ -48,7 +48,7 @@ pub(crate) async fn put(
     request: Request,
 ) -> Result<StatusCode, Failure> {
     let (parts, body) = request.into_parts();
-    let actor = authenticate(&app, &parts.headers)?;
+    let actor = authenticate(&app, &parts)?;
     let NoQuery {} = query(&parts)?;
     let size_bytes = length(&parts.headers)?;
     app.handle

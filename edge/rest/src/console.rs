@@ -31,12 +31,16 @@ pub(crate) async fn open(
         return Err(Failure::with_status(StatusCode::UPGRADE_REQUIRED, &refusal));
     }
     let upgrade = hyper::upgrade::on(&mut request);
-    let mut guest = app.handle.console(actor, vm).await?;
+    let mut guest = app.handle.console(actor.clone(), vm).await?;
+    let handle = app.handle.clone();
     tokio::spawn(async move {
         // The client may leave before the upgrade; the guest's end closes with this task.
         let Ok(upgraded) = upgrade.await else { return };
         let mut client = TokioIo::new(upgraded);
-        let ended = copy_bidirectional(&mut client, &mut guest).await;
+        let ended = tokio::select! {
+            ended = copy_bidirectional(&mut client, &mut guest) => Some(ended),
+            () = handle.right_ended(&actor) => None,
+        };
         tracing::debug!(?ended, "console closed");
         let _ = client.shutdown().await;
     });

@@ -1,7 +1,9 @@
 //! What a request says, read from its parts: who asks, about what, how, and with which body.
 
+use std::net::{IpAddr, SocketAddr};
+
 use axum::{
-    extract::{FromRequest, FromRequestParts, Path, Query, Request},
+    extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request},
     http::{HeaderMap, header, request::Parts},
 };
 use controller::SubmitOptions;
@@ -12,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use crate::{
-    App,
+    App, PROJECT_HEADER,
     body::{self, BODY_BYTES_MAX},
     failure::Failure,
 };
@@ -90,7 +92,7 @@ impl<Q: DeserializeOwned + Send> FromRequestParts<App> for Read<Q> {
     type Rejection = Failure;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
-        let actor = authenticate(app, &parts.headers)?;
+        let actor = authenticate(app, parts)?;
         Ok(Self(actor, query(parts)?))
     }
 }
@@ -100,7 +102,7 @@ impl<T: DeserializeOwned + Serialize> FromRequest<App> for Asked<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Failure> {
         let (parts, body) = request.into_parts();
-        let actor = authenticate(app, &parts.headers)?;
+        let actor = authenticate(app, &parts)?;
         let choices: Choices = query(&parts)?;
         let expect = if_match(&parts.headers)?;
         let name = idempotency_key(&parts.headers)?;
@@ -157,9 +159,9 @@ pub(crate) async fn last(parts: &mut Parts, app: &App) -> Result<String, Failure
     Ok(text)
 }
 
-/// Whom the request's token speaks for.
-pub(crate) fn authenticate(app: &App, headers: &HeaderMap) -> Result<Actor, Failure> {
-    let mut given = headers.get_all(header::AUTHORIZATION).iter();
+/// Whom the request's token speaks for, in the project that the request names.
+pub(crate) fn authenticate(app: &App, parts: &Parts) -> Result<Actor, Failure> {
+    let mut given = parts.headers.get_all(header::AUTHORIZATION).iter();
     let refuse = |message: &str| {
         Refusal::new(Code::Unauthenticated, message)
             .hint("send `Authorization: Bearer TOKEN`; the first token is in admin.token")
@@ -172,7 +174,33 @@ pub(crate) fn authenticate(app: &App, headers: &HeaderMap) -> Result<Actor, Fail
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .map(|(_, token)| token.trim());
     let token = token.ok_or_else(|| refuse("the Authorization header is not of the form `Bearer TOKEN`"))?;
-    Ok(app.handle.authenticate(token)?)
+    // Who shows no valid token learns nothing of the rest of the request either.
+    let actor = app.handle.authenticate_in(token, None, remote(parts));
+    match (project(&parts.headers), actor) {
+        (Ok(None), actor) => Ok(actor?),
+        (_, Err(refusal)) if refusal.code == Code::Unauthenticated => Err(refusal.into()),
+        (project, _) => Ok(app.handle.authenticate_in(token, project?.as_ref(), remote(parts))?),
+    }
+}
+
+/// Where the request came from.
+pub(crate) fn remote(parts: &Parts) -> Option<IpAddr> {
+    let connection = parts.extensions.get::<ConnectInfo<SocketAddr>>();
+    connection.map(|ConnectInfo(from)| from.ip().to_canonical())
+}
+
+/// The project that the request is about, where it says one.
+fn project(headers: &HeaderMap) -> Result<Option<Reference>, Failure> {
+    let mut given = headers.get_all(PROJECT_HEADER).iter();
+    let Some(one) = given.next() else { return Ok(None) };
+    let reference = one.to_str().ok().and_then(|text| text.trim().parse().ok());
+    match (reference, given.next()) {
+        (Some(reference), None) => Ok(Some(reference)),
+        _ => Err(Failure::input(
+            "the request does not name exactly one project",
+            "send the name or the id of one in Godwit-Project",
+        )),
+    }
 }
 
 pub(crate) fn query<Q: DeserializeOwned>(parts: &Parts) -> Result<Q, Failure> {

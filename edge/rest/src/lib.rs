@@ -9,11 +9,14 @@
 //!
 //! Invariants:
 //! - Every refusal is a `wire::Problem` with a stable code and, where there is one, what to do next; never a bare status.
-//! - Nothing but `/v1/join`, `/healthz` and the OpenAPI document is answered without a token; a test asks every endpoint.
+//! - Nothing but `/v1/join`, `/v1/login`, `/healthz` and the OpenAPI document is answered without a token. A test asks every endpoint
+//!   as everybody; one that is not in its table fails the build.
+//! - A request is about one project. Of others it is told no more than of what is not there.
 //! - Bodies are bounded (1 MiB; blobs by their announced length), strict (no unknown or repeated field) and read in bounded time.
 //! - No cookie is read: what a browser sends by itself gives no right. A foreign `Origin` or `Host` is refused beside that.
 //! - No state of its own: an answer is the model's serialised form.
 
+mod audit;
 mod blobs;
 mod body;
 mod console;
@@ -26,8 +29,11 @@ mod inventory;
 mod openapi;
 mod operations;
 mod outcome;
+mod people;
+mod projects;
 mod system;
 mod templates;
+mod tokens;
 mod vms;
 
 use std::{collections::BTreeSet, sync::Arc};
@@ -39,6 +45,9 @@ pub use openapi::openapi_json;
 
 /// The header with the version of the program that answers.
 pub const VERSION_HEADER: &str = "godwit-version";
+
+/// The header with the project that a request is about, by name or id; without it, the token's own.
+pub const PROJECT_HEADER: &str = "godwit-project";
 
 /// The protocol that a console's connection is upgraded to: the guest's serial port, plain bytes both ways.
 pub const CONSOLE_PROTOCOL: &str = "godwit-console";

@@ -8,7 +8,9 @@ use utoipa::{
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{App, blobs, events, hosts, inventory, operations, system, templates, vms};
+use crate::{
+    App, audit, blobs, events, hosts, inventory, operations, people, projects, system, templates, tokens, vms,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -16,7 +18,8 @@ use crate::{App, blobs, events, hosts, inventory, operations, system, templates,
         title = "Godwit",
         description = "Provisions virtual machines on a pool of hosts and moves them while they run. Changes are asked for with \
             POST, PUT, PATCH and DELETE; slow ones are answered with an operation (202). A header Idempotency-Key makes a repeated \
-            request the same request; If-Match with the ETag of a VM refuses it when the VM has changed. Version 1 only grows: clients \
+            request the same request; a header Godwit-Project with a name or id chooses the project that a request is about, \
+            without it the token's own is meant; If-Match with the ETag of a VM refuses it when the VM has changed. Version 1 only grows: clients \
             ignore fields and enum values that they do not know.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
@@ -63,6 +66,20 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(inventory::networks))
         .routes(routes!(inventory::pools))
         .routes(routes!(inventory::volumes))
+        .routes(routes!(people::login))
+        .routes(routes!(people::logout))
+        .routes(routes!(people::whoami))
+        .routes(routes!(people::list, people::create))
+        .routes(routes!(people::show, people::change, people::delete))
+        .routes(routes!(people::password))
+        .routes(routes!(people::grant))
+        .routes(routes!(people::revoke))
+        .routes(routes!(projects::list, projects::create))
+        .routes(routes!(projects::show, projects::delete))
+        .routes(routes!(projects::quota))
+        .routes(routes!(tokens::list, tokens::create))
+        .routes(routes!(tokens::revoke))
+        .routes(routes!(audit::list))
         .routes(routes!(events::follow))
         .routes(routes!(system::health))
         .routes(routes!(system::metrics))

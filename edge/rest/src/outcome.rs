@@ -7,6 +7,7 @@ use axum::{
 };
 use controller::SubmitOptions;
 use model::{Actor, Command, Outcome};
+use serde::Serialize;
 
 use crate::{App, failure::Failure};
 
@@ -34,4 +35,16 @@ pub(crate) async fn submit(
         Outcome::Plan(plan) => Ok(Json(plan).into_response()),
         Outcome::Done => Ok(StatusCode::NO_CONTENT.into_response()),
     }
+}
+
+/// 201 with what was made, as it can be read now; 204 when it was only tried.
+pub(crate) async fn created<T: Serialize>(
+    dry_run: bool,
+    view: impl Future<Output = Result<Json<T>, Failure>>,
+) -> Result<Response, Failure> {
+    if dry_run {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
+    let made = view.await?;
+    Ok((StatusCode::CREATED, made).into_response())
 }

@@ -2,131 +2,18 @@
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking, its helpers too
 
-use std::sync::LazyLock;
+mod support;
 
 use axum::{
-    Router,
     body::Body,
-    http::{HeaderMap, Method, Request, Response, StatusCode, header},
+    http::{Request, StatusCode, header},
 };
-use controller::{Config, Controller, DefaultNetwork, StateDir};
 use futures_util::StreamExt as _;
 use http_body_util::BodyExt as _;
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::Digest as _;
+use support::{Api, document, endpoints};
 use tower::ServiceExt as _;
-
-struct Api {
-    router: Router,
-    token: String,
-    _controller: Controller,
-    _state: tempfile::TempDir,
-}
-
-impl Api {
-    async fn start() -> Self {
-        let state = tempfile::tempdir().unwrap();
-        let config = Config {
-            state: state.path().join("state"),
-            api_listen: "127.0.0.1:0".parse().unwrap(),
-            agents_listen: "127.0.0.1:0".parse().unwrap(),
-            names: vec!["controller.example".to_owned()],
-            network: DefaultNetwork {
-                address: "10.91.0.0".parse().unwrap(),
-                prefix: 24,
-                gateway: None,
-                first: "10.91.0.10".parse().unwrap(),
-                last: "10.91.0.20".parse().unwrap(),
-            },
-        };
-        let names = config.names.clone();
-        let token = StateDir::new(&config.state).admin_token();
-        let (controller, handle) = Controller::start(config).await.unwrap();
-        Self {
-            router: rest::router(handle, &names),
-            token: std::fs::read_to_string(token).unwrap().trim().to_owned(),
-            _controller: controller,
-            _state: state,
-        }
-    }
-
-    fn request(&self, method: &str, path: &str) -> axum::http::request::Builder {
-        Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, "controller.example:7443")
-            .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
-    }
-
-    async fn send(&self, request: Request<Body>) -> Response<Body> {
-        self.router.clone().oneshot(request).await.unwrap()
-    }
-
-    async fn answer(&self, request: Request<Body>) -> (StatusCode, HeaderMap, Value) {
-        let response = self.send(request).await;
-        let (status, headers) = (response.status(), response.headers().clone());
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        let value = if bytes.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_slice(&bytes).unwrap()
-        };
-        (status, headers, value)
-    }
-
-    async fn get(&self, path: &str) -> (StatusCode, Value) {
-        let (status, _, value) = self
-            .answer(self.request("GET", path).body(Body::empty()).unwrap())
-            .await;
-        (status, value)
-    }
-
-    async fn post(&self, path: &str, body: impl Into<Body>) -> (StatusCode, Value) {
-        let request = self
-            .request("POST", path)
-            .header(header::CONTENT_TYPE, "application/json");
-        let (status, _, value) = self.answer(request.body(body.into()).unwrap()).await;
-        (status, value)
-    }
-
-    /// Sends what must be refused; checks that the refusal is a problem, and gives its code.
-    async fn refused(&self, what: &str, request: Request<Body>, status: u16) -> String {
-        let (given, headers, problem) = self.answer(request).await;
-        assert_eq!(given.as_u16(), status, "{what}: {problem}");
-        assert_eq!(headers[header::CONTENT_TYPE], "application/problem+json", "{what}");
-        assert_eq!(problem["status"], status, "{what}");
-        assert!(!problem["detail"].as_str().unwrap().is_empty(), "{what}");
-        assert!(headers.contains_key(rest::VERSION_HEADER), "{what}");
-        problem["code"].as_str().unwrap().to_owned()
-    }
-}
-
-fn document() -> &'static Value {
-    static DOCUMENT: LazyLock<Value> = LazyLock::new(|| serde_json::from_str(rest::openapi_json()).unwrap());
-    &DOCUMENT
-}
-
-/// Every endpoint of the document: method and path, with something in place of its parameters.
-fn endpoints() -> Vec<(Method, String)> {
-    let mut all = Vec::new();
-    for (path, methods) in document()["paths"].as_object().unwrap() {
-        let mut filled = path.clone();
-        while let (Some(from), Some(to)) = (filled.find('{'), filled.find('}')) {
-            let value = match &filled[from..=to] {
-                "{sha256}" => "0".repeat(64),
-                _ => "0197b2a0-0000-7000-8000-000000000000".to_owned(),
-            };
-            filled.replace_range(from..=to, &value);
-        }
-        for method in methods.as_object().unwrap().keys() {
-            if let Ok(method) = method.to_ascii_uppercase().parse::<Method>() {
-                all.push((method, filled.clone()));
-            }
-        }
-    }
-    assert!(all.len() > 30, "{all:?}");
-    all
-}
 
 #[tokio::test]
 async fn the_committed_document_is_the_one_that_is_served() {
@@ -144,7 +31,7 @@ async fn the_committed_document_is_the_one_that_is_served() {
 #[tokio::test]
 async fn nothing_is_answered_without_a_token_but_what_must_be() {
     let api = Api::start().await;
-    let open = ["/v1/join", "/healthz", "/v1/openapi.json"];
+    let open = ["/v1/join", "/v1/login", "/healthz", "/v1/openapi.json"];
     for (method, path) in endpoints()
         .into_iter()
         .filter(|(_, path)| !open.contains(&path.as_str()))
@@ -494,13 +381,9 @@ async fn a_revision_is_compared_or_refused_but_never_ignored() {
 
 #[tokio::test]
 async fn a_controller_that_has_ended_is_not_healthy() {
-    let Api {
-        router,
-        token,
-        _controller: controller,
-        _state,
-    } = Api::start().await;
-    controller.stop().await;
+    let api = Api::start().await;
+    let (router, token) = (api.router.clone(), api.token.clone());
+    let _state = api.stop().await;
     let asked = Request::builder()
         .uri("/healthz")
         .header(header::HOST, "controller.example:7443")

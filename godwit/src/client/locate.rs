@@ -1,7 +1,7 @@
 //! Where the server is, which authority it must be of, and with which token it is asked.
 //!
 //! In this order, each part by itself: `--server`, `--ca`, `--token-file`; the client file of `--state DIR`; `GODWIT_SERVER`, `GODWIT_CA`,
-//! `GODWIT_TOKEN_FILE`; the client files in `~/.config/godwit` and `/var/lib/godwit`.
+//! `GODWIT_TOKEN_FILE`; what `godwit login` left in `~/.config/godwit`, the client files there and in `/var/lib/godwit`.
 //!
 //! What is named, by an option or a variable, is binding: where it is of no use the command fails, and asks nobody else.
 
@@ -14,6 +14,7 @@ use std::{
 use controller::ClientFile;
 use hyper::header::HeaderValue;
 use identity::{Address, ApiToken, CaCertificate};
+use model::name::Reference;
 
 use crate::exit::{Exit, Failure, chain};
 
@@ -30,17 +31,20 @@ pub(crate) struct Server {
     pub(crate) address_from: String,
     pub(crate) authority: CaCertificate,
     pub(crate) authority_from: String,
-    token: ApiToken,
+    /// `None` only to log in.
+    token: Option<ApiToken>,
     pub(crate) token_from: String,
+    /// The project that requests are about, where one was chosen.
+    pub(crate) project: Option<Reference>,
 }
 
 impl Server {
     /// The value of the `Authorization` header.
-    pub(super) fn bearer(&self) -> HeaderValue {
-        let value = HeaderValue::try_from(format!("Bearer {}", self.token.reveal()));
+    pub(super) fn bearer(&self) -> Option<HeaderValue> {
+        let value = HeaderValue::try_from(format!("Bearer {}", self.token.as_ref()?.reveal()));
         let mut value = value.expect("a token is letters and digits");
         value.set_sensitive(true);
-        value
+        Some(value)
     }
 }
 
@@ -51,6 +55,7 @@ pub(crate) struct Flags {
     pub(crate) server: Option<String>,
     pub(crate) ca: Option<PathBuf>,
     pub(crate) token_file: Option<PathBuf>,
+    pub(crate) project: Option<Reference>,
 }
 
 /// One part of the answer, and where it is from.
@@ -62,6 +67,8 @@ struct Parts {
     ca: Found<PathBuf>,
     token_file: Found<PathBuf>,
     looked: Vec<String>,
+    /// No token is needed.
+    logs_in: bool,
 }
 
 impl Parts {
@@ -102,8 +109,50 @@ impl Parts {
     }
 }
 
-/// Finds the server. `env` gives environment variables.
+/// Finds the server, and the token to ask it with. `env` gives environment variables.
 pub(crate) fn locate(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Server, Failure> {
+    let project = chosen_project(flags, &env)?;
+    open(look(flags, env)?, project)
+}
+
+/// Finds the server, for who has no token yet.
+pub(crate) fn locate_to_log_in(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Server, Failure> {
+    let mut parts = look(flags, env)?;
+    parts.token_file = None;
+    parts.logs_in = true;
+    open(parts, None)
+}
+
+/// Where `godwit login` keeps what it has: the directory, and in it the client file and the token.
+pub(crate) fn login_files(env: impl Fn(&str) -> Option<OsString>) -> Option<(PathBuf, PathBuf, PathBuf)> {
+    let directory = config(&env)?;
+    Some((
+        directory.clone(),
+        directory.join("login.json"),
+        directory.join("session.token"),
+    ))
+}
+
+fn config(env: &impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let text = |name: &str| env(name).filter(|value| !value.is_empty());
+    let config = text("XDG_CONFIG_HOME").map(PathBuf::from);
+    let config = config.or_else(|| text("HOME").map(|home| PathBuf::from(home).join(".config")));
+    config.map(|config| config.join("godwit"))
+}
+
+fn chosen_project(flags: &Flags, env: &impl Fn(&str) -> Option<OsString>) -> Result<Option<Reference>, Failure> {
+    if flags.project.is_some() {
+        return Ok(flags.project.clone());
+    }
+    let Some(text) = env("GODWIT_PROJECT").filter(|value| !value.is_empty()) else {
+        return Ok(None);
+    };
+    let project = text.to_str().and_then(|text| text.parse().ok());
+    let wrong = || Failure::new(Exit::Usage, "GODWIT_PROJECT is not the name or id of a project").hint("unset it");
+    project.map(Some).ok_or_else(wrong)
+}
+
+fn look(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Parts, Failure> {
     let mut parts = Parts::default();
     parts.add(
         flags.server.clone().map(|server| (server, "--server".to_owned())),
@@ -124,11 +173,10 @@ pub(crate) fn locate(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> R
         path("GODWIT_CA"),
         path("GODWIT_TOKEN_FILE"),
     );
-    let config = text("XDG_CONFIG_HOME")
-        .map(PathBuf::from)
-        .or_else(|| text("HOME").map(|home| PathBuf::from(home).join(".config")));
+    let config = config(&env);
     let files = [
-        config.map(|config| config.join("godwit/client.json")),
+        config.as_ref().map(|config| config.join("login.json")),
+        config.map(|config| config.join("client.json")),
         Some("/var/lib/godwit/controller/client.json".into()),
     ];
     for file in files.into_iter().flatten() {
@@ -136,17 +184,21 @@ pub(crate) fn locate(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> R
             break;
         }
     }
-    open(parts)
+    Ok(parts)
 }
 
-fn open(parts: Parts) -> Result<Server, Failure> {
-    let (Some(server), Some(ca), Some(token)) = (parts.server, parts.ca, parts.token_file) else {
+fn open(parts: Parts, project: Option<Reference>) -> Result<Server, Failure> {
+    let token = match parts.token_file {
+        Some(file) => Some(Some(file)),
+        None => parts.logs_in.then_some(None),
+    };
+    let (Some(server), Some(ca), Some(token)) = (parts.server, parts.ca, token) else {
         let message = format!(
             "no server is known; looked for --server, --ca and --token-file, GODWIT_SERVER, GODWIT_CA and GODWIT_TOKEN_FILE, and in: {}",
             parts.looked.join(", ")
         );
         return Err(Failure::new(Exit::Unreachable, message)
-            .hint("start one here with `godwit up`, or give --state DIR of one that runs here"));
+            .hint("start one here with `godwit up`, give --state DIR of one that runs here, or log in: `godwit login --server ... --ca ...`"));
     };
     let address = address(&server.0).map_err(|why| {
         Failure::new(Exit::Usage, format!("the server's address from {}: {why}", server.1))
@@ -156,10 +208,16 @@ fn open(parts: Parts) -> Result<Server, Failure> {
     let opened = std::fs::File::open(&ca.0).and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut pem));
     opened.map_err(|error| unusable(&ca.0, &chain(&error)))?;
     let authority = CaCertificate::from_pem(&pem).map_err(|error| unusable(&ca.0, &chain(&error)))?;
-    let token_from = token.0.display().to_string();
-    let token = ApiToken::read_file(&token.0).map_err(|error| {
-        Failure::of(Exit::Failed, &error).hint("give a token file of your own with --token-file, mode 0600")
-    })?;
+    let token_from = token
+        .as_ref()
+        .map(|(file, _)| file.display().to_string())
+        .unwrap_or_default();
+    let read = |(file, _): (PathBuf, String)| {
+        ApiToken::read_file(&file).map_err(|error| {
+            Failure::of(Exit::Failed, &error).hint("give a token file of your own with --token-file, mode 0600")
+        })
+    };
+    let token = token.map(read).transpose()?;
     Ok(Server {
         address,
         address_from: server.1,
@@ -167,6 +225,7 @@ fn open(parts: Parts) -> Result<Server, Failure> {
         authority_from: ca.0.display().to_string(),
         token,
         token_from,
+        project,
     })
 }
 

@@ -84,6 +84,11 @@ impl Client {
         self.json(Method::POST, path, Some(body)).await
     }
 
+    /// Puts in place of what is there.
+    pub(crate) async fn put<T: Serialize>(&self, path: &str, body: &T) -> Result<Value, Failure> {
+        self.json(Method::PUT, path, Some(body)).await
+    }
+
     /// Changes a part.
     pub(crate) async fn patch<T: Serialize>(&self, path: &str, body: &T) -> Result<Value, Failure> {
         self.json(Method::PATCH, path, Some(body)).await
@@ -195,11 +200,17 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> hyper::http::request::Builder {
-        Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(format!("https://{}{path}", self.server.address))
-            .header(header::USER_AGENT, concat!("godwit/", env!("CARGO_PKG_VERSION")))
-            .header(header::AUTHORIZATION, self.server.bearer())
+            .header(header::USER_AGENT, concat!("godwit/", env!("CARGO_PKG_VERSION")));
+        if let Some(bearer) = self.server.bearer() {
+            request = request.header(header::AUTHORIZATION, bearer);
+        }
+        if let Some(project) = &self.server.project {
+            request = request.header(rest::PROJECT_HEADER, project.to_string());
+        }
+        request
     }
 
     async fn send(&self, request: hyper::http::request::Builder, body: Body) -> Result<Response<Incoming>, Failure> {
@@ -269,9 +280,9 @@ impl Client {
         let operation = problem.operation;
         let unauthenticated = problem.code == model::Code::Unauthenticated;
         let mut failure = Failure::from(problem.into_refusal());
-        if unauthenticated {
+        if unauthenticated && !self.server.token_from.is_empty() {
             failure = failure.hint(format!(
-                "the token is from {}; use --token-file with another",
+                "the token is from {}; use --token-file with another, or log in: `godwit login`",
                 self.server.token_from
             ));
         }

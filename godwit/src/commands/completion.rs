@@ -71,6 +71,21 @@ pub(crate) fn templates(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/templates", |item| item["name"].as_str())
 }
 
+/// Names of projects.
+pub(crate) fn projects(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/projects", |item| item["name"].as_str())
+}
+
+/// Names of users.
+pub(crate) fn users(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/users", |item| item["name"].as_str())
+}
+
+/// Ids of service tokens.
+pub(crate) fn tokens(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/tokens", |item| item["id"].as_str())
+}
+
 /// Ids of operations.
 pub(crate) fn operations(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/operations", |item| item["id"].as_str())
@@ -115,5 +130,6 @@ fn flags(words: &[OsString]) -> Flags {
         server: value("--server").and_then(|server| server.into_string().ok()),
         ca: value("--ca").map(PathBuf::from),
         token_file: value("--token-file").map(PathBuf::from),
+        project: value("--project").and_then(|project| project.to_str()?.parse().ok()),
     }
 }

@@ -1,17 +1,22 @@
 //! One file for each noun.
 
 pub(crate) mod agent;
+pub(crate) mod audit;
 pub(crate) mod completion;
 pub(crate) mod controller;
 pub(crate) mod doctor;
 pub(crate) mod events;
 pub(crate) mod host;
+pub(crate) mod login;
 pub(crate) mod network;
 pub(crate) mod op;
 pub(crate) mod plan;
 pub(crate) mod pool;
+pub(crate) mod project;
 pub(crate) mod template;
+pub(crate) mod token;
 pub(crate) mod up;
+pub(crate) mod user;
 pub(crate) mod vm;
 
 use serde::de::DeserializeOwned;
@@ -118,6 +123,13 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Network(network) => network.run(&session()?).await,
         Command::Pool(pool) => pool.run(&session()?).await,
         Command::Doctor(doctor) => doctor.run(common).await,
+        Command::Login(login) => login.run(common).await,
+        Command::Logout => login::logout(&session()?).await,
+        Command::Whoami => login::whoami(&session()?).await,
+        Command::User(user) => user.run(&session()?).await,
+        Command::Project(project) => project.run(&session()?).await,
+        Command::Token(token) => token.run(&session()?).await,
+        Command::Audit(audit) => audit.run(&session()?).await,
         Command::Completion(completion) => completion.run(),
         Command::ExitCodes => out::line(EXIT_CODES),
     }

@@ -153,7 +153,8 @@ mod tests {
 
     use ::controller::{Config, Controller, DefaultNetwork, Memory, Storage, StorageError, Stored, Waited};
     use model::{
-        Change, Operation, OperationId, ProjectId,
+        AuditEntry, Change, Operation, OperationId, ProjectId,
+        audit::AuditFilter,
         change::Answer,
         query::{Listing, Page},
     };
@@ -191,6 +192,10 @@ mod tests {
 
         fn operations(&self, project: Option<ProjectId>, page: Page) -> Waited<'_, Listing<Operation>> {
             self.0.operations(project, page)
+        }
+
+        fn audit(&self, filter: AuditFilter, page: Page) -> Waited<'_, Listing<AuditEntry>> {
+            self.0.audit(filter, page)
         }
     }
 

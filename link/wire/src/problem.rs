@@ -84,6 +84,7 @@ const fn describe(code: Code) -> (u16, &'static str, &'static str) {
         Code::Cancelled => (409, "cancelled", "Cancelled"),
         Code::ReadOnly => (503, "read-only", "Nothing can be stored now"),
         Code::Overloaded => (503, "overloaded", "Too much to do now"),
+        Code::TooManyAttempts => (429, "too-many-attempts", "Too many attempts to log in"),
         Code::Other => (500, "other", "Refused for a reason of a newer version"),
     }
 }

@@ -93,6 +93,7 @@ impl Sim {
                 subject: "admin".to_owned(),
                 project: PROJECT,
                 role: Role::CloudAdmin,
+                via: model::Via::default(),
             },
             command,
             key: None,

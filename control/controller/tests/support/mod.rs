@@ -19,7 +19,8 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use identity::{ApiToken, CaCertificate, NodeIdentity, NodeKey};
 use model::{
-    Actor, BootId, Change, HostFacts, HostId, Millis, Operation, OperationId, ProjectId, Report, Sequence,
+    Actor, AuditEntry, BootId, Change, HostFacts, HostId, Millis, Operation, OperationId, ProjectId, Report, Sequence,
+    audit::AuditFilter,
     change::Answer,
     host::{Accelerator, Hypervisor, PoolFacts},
     layout::Family,
@@ -137,6 +138,10 @@ impl Storage for Faulty {
 
     fn operations(&self, project: Option<ProjectId>, page: Page) -> Waited<'_, Listing<Operation>> {
         self.memory.operations(project, page)
+    }
+
+    fn audit(&self, filter: AuditFilter, page: Page) -> Waited<'_, Listing<AuditEntry>> {
+        self.memory.audit(filter, page)
     }
 }
 

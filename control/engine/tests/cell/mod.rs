@@ -54,6 +54,7 @@ pub(crate) fn admin() -> Actor {
         subject: "admin".to_owned(),
         project: PROJECT,
         role: Role::CloudAdmin,
+        via: model::Via::default(),
     }
 }
 
@@ -253,13 +254,17 @@ impl Cell {
     }
 
     pub(crate) fn submit(&mut self, request: Request) -> Result<Outcome, Refusal> {
-        let id = request.id;
+        let (id, dry) = (request.id, request.dry_run);
         let effects = self.event(Event::Request(Box::new(request)));
         let refused = effects.iter().any(|effect| matches!(effect, Effect::Reply(_, Err(_))));
+        let is_audit = |effect: &Effect| matches!(effect, Effect::Change(change) if matches!(**change, model::Change::Put(model::Row::Audit(_))));
         let changed = effects
             .iter()
-            .any(|effect| matches!(effect, Effect::Change(_) | Effect::Send(..)));
+            .any(|effect| matches!(effect, Effect::Change(_) | Effect::Send(..)) && !is_audit(effect));
         assert!(!(refused && changed), "a refused request changes nothing");
+        let audited = effects.iter().filter(|effect| is_audit(effect)).count();
+        assert!(audited <= 1, "a request is audited once");
+        assert!(audited == 1 || !refused || dry, "a refusal is audited");
         let mut replies = effects.into_iter().filter_map(|effect| match effect {
             Effect::Reply(to, answer) => Some((to, answer)),
             _ => None,

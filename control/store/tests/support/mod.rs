@@ -5,10 +5,12 @@
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use model::{
-    Change, Generation, Host, HostId, Mac, Millis, Name, Network, NetworkId, Notice, Operation, OperationId,
-    OperationKind, OperationState, Order, Pool, PoolId, Port, PortId, Project, ProjectId, Refusal, Revision, Row,
-    Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, Vm, VmId, VmSpec, VmState, VmStatus, Volume, VolumeId,
-    access::{Actor, ApiToken, JoinToken, Role, TokenHash},
+    AuditEntry, Change, Generation, Host, HostId, Mac, Millis, Name, Network, NetworkId, Notice, Operation,
+    OperationId, OperationKind, OperationState, Order, Pool, PoolId, Port, PortId, Project, ProjectId, Refusal,
+    Revision, Row, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, User, UserId, Vm, VmId, VmSpec, VmState,
+    VmStatus, Volume, VolumeId,
+    access::{Actor, ApiToken, JoinToken, PasswordHash, Role, TokenHash, TokenKind, Via},
+    audit::AuditResult,
     change::{Answer, OutboxRow},
     host::{Accelerator, HostSpec, HostStatus, Link},
     id::{Epoch, Sequence},
@@ -261,16 +263,71 @@ pub fn world() -> Vec<Row> {
             subject: "admin".to_owned(),
             project: project_id(),
             role: Role::CloudAdmin,
+            via: Via::default(),
         },
         expires_at: None,
+        name: None,
+        kind: TokenKind::Service,
+        owner: None,
+        created_by: String::new(),
+        created_at: None,
     }));
     rows
+}
+
+/// A row of every kind of schema 2.
+pub fn world_v2() -> Vec<Row> {
+    let mut rows = world();
+    let at = Timestamp(1_700_000_000_000);
+    rows.push(Row::User(Box::new(User {
+        id: UserId(uuid(9)),
+        name: name("alice"),
+        password: PasswordHash("$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA".to_owned()),
+        cloud_admin: false,
+        grants: [(project_id(), Role::Operator)].into(),
+        disabled: false,
+        created_at: at,
+    })));
+    rows.push(Row::ApiToken(ApiToken {
+        id: TokenId(uuid(10)),
+        hash: TokenHash([3; 32]),
+        actor: Actor {
+            subject: "alice/ci".to_owned(),
+            project: project_id(),
+            role: Role::Viewer,
+            via: Via::default(),
+        },
+        expires_at: Some(Timestamp(1_800_000_000_000)),
+        name: Some(name("ci")),
+        kind: TokenKind::Service,
+        owner: Some(UserId(uuid(9))),
+        created_by: "alice".to_owned(),
+        created_at: Some(at),
+    }));
+    rows.push(audit_entry(1, at, "alice"));
+    rows
+}
+
+pub fn audit_entry(n: u128, at: Timestamp, subject: &str) -> Row {
+    let actor = Actor {
+        subject: subject.to_owned(),
+        project: project_id(),
+        role: Role::Operator,
+        via: Via {
+            user: Some(UserId(uuid(9))),
+            token: None,
+            remote: Some("192.0.2.7".parse().unwrap()),
+        },
+    };
+    let result = AuditResult::Accepted { operation: None };
+    let entry = AuditEntry::of(&actor, at, uuid(n), "vm.start", "web1".to_owned(), result);
+    Row::Audit(Box::new(entry))
 }
 
 /// The part of rows that a loaded world holds, by key.
 pub fn in_world(rows: &[Row]) -> Vec<Row> {
     let outside = |row: &Row| match row {
-        Row::Answer(_) | Row::Notice(_) => true,
+        Row::Answer(_) | Row::Notice(_) | Row::Audit(_) => true,
         Row::Operation(operation) => operation.state.is_over(),
         _ => false,
     };
