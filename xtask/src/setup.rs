@@ -154,6 +154,55 @@ const PROGRAMS: &[Program] = &[
         good: any,
     },
     Program {
+        name: "mmdebstrap",
+        package: "mmdebstrap",
+        why: "the Debian guest",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
+        name: "mke2fs",
+        package: "e2fsprogs",
+        why: "the Debian guest's disk",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
+        name: "sfdisk",
+        package: "fdisk",
+        why: "reads what we write of partitions",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
+        name: "mformat",
+        package: "mtools",
+        why: "the Debian guest's EFI partition",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
+        name: "grub-mkimage",
+        package: "grub-pc-bin",
+        why: "starts the Debian guest by BIOS",
+        purposes: &[Purpose::Test],
+        good: has_bios_grub,
+    },
+    Program {
+        name: "grub-mkimage",
+        package: "grub-efi-amd64-bin",
+        why: "starts the Debian guest by UEFI",
+        purposes: &[Purpose::Test],
+        good: has_efi_grub,
+    },
+    Program {
+        name: "ssh",
+        package: "openssh-client",
+        why: "speaks with the Debian guest",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
         name: "cc",
         package: "gcc",
         why: "builds TLS and SQLite",
@@ -289,6 +338,23 @@ fn table(found: &[Found]) -> String {
 
 fn any(_: &Path) -> Result<(), String> {
     Ok(())
+}
+
+/// GRUB's parts come in packages of their own, by platform.
+fn has_bios_grub(_: &Path) -> Result<(), String> {
+    has_part("/usr/lib/grub/i386-pc/boot.img")
+}
+
+fn has_efi_grub(_: &Path) -> Result<(), String> {
+    has_part("/usr/lib/grub/x86_64-efi/normal.mod")
+}
+
+fn has_part(path: &str) -> Result<(), String> {
+    if Path::new(path).exists() {
+        Ok(())
+    } else {
+        Err(format!("{path} is missing"))
+    }
 }
 
 fn new_enough(path: &Path) -> Result<(), String> {

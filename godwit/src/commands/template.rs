@@ -16,26 +16,20 @@ use super::{Heading, Session, completion, host::said};
 use crate::{
     exit::{Exit, Failure},
     follow::{Wait, follow},
-    out::{live::Live, table, units},
+    out::{table, units},
 };
 
+mod build;
 mod upload;
 
+use build::Build;
 use upload::upload;
 
 /// What can be done with templates.
 #[derive(Subcommand, Debug)]
 pub(crate) enum Template {
     /// Build a template here, upload it and wait until it is ready
-    Build {
-        /// What to build: `micro` is a kernel with a small web server, up in seconds
-        what: Buildable,
-        /// Its name; without it, what is built
-        #[arg(long)]
-        name: Option<Name>,
-        #[command(flatten)]
-        wait: Wait,
-    },
+    Build(Box<Build>),
     /// Make a template of a disk image, or of a kernel and an initial RAM disk
     Import(Box<Import>),
     /// List templates
@@ -54,13 +48,6 @@ pub(crate) enum Template {
         #[command(flatten)]
         wait: Wait,
     },
-}
-
-/// What can be built.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Buildable {
-    /// Debian's or Ubuntu's kernel with busybox
-    Micro,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -105,14 +92,7 @@ pub(crate) struct Import {
 impl Template {
     pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
-            Self::Build {
-                what: Buildable::Micro,
-                name,
-                wait,
-            } => {
-                let name = name.unwrap_or_else(|| "micro".parse().expect("`micro` is a name"));
-                build(session, &name, wait).await
-            }
+            Self::Build(build) => build.run(session).await,
             Self::Import(import) => import.run(session).await,
             Self::List => session.list("/v1/templates", None, HEADING, row).await,
             Self::Show { template } => session.show(&format!("/v1/templates/{template}"), facts).await,
@@ -126,48 +106,6 @@ impl Template {
             }
         }
     }
-}
-
-/// Builds the micro template in this user's cache, then makes a template of its files.
-async fn build(session: &Session, name: &Name, wait: Wait) -> Result<(), Failure> {
-    let cache = cache();
-    let directory = cache.join("micro");
-    let live = Live::new("building micro");
-    let (tell, mut told) = tokio::sync::mpsc::channel::<String>(16);
-    let place = directory.clone();
-    let built = tokio::task::spawn_blocking(move || {
-        let mut progress = |progress: image::micro::Progress| {
-            let of = if progress.bytes_total > 0 {
-                format!(", {}", units::show_bytes(progress.bytes_total))
-            } else {
-                String::new()
-            };
-            // A line that is not drawn in time is not missed.
-            let _ = tell.try_send(format!("{}{of}", progress.detail));
-        };
-        image::micro::build(
-            &place,
-            &image::micro::Sources::found(cache.join("packages")),
-            &mut progress,
-        )
-    });
-    while let Some(text) = told.recv().await {
-        live.say(&text);
-    }
-    let built = built.await.map_err(|error| Failure::of(Exit::Failed, &error))?;
-    let files = built.map_err(|error| Failure::of(Exit::Failed, &error))?;
-    drop(live);
-    for artifact in [&files.kernel, &files.initrd, &files.disk] {
-        let sent = upload(&session.client, &directory.join(&artifact.file)).await?;
-        if sent != artifact.blob() {
-            let message = format!(
-                "{} changed while it was uploaded",
-                directory.join(&artifact.file).display()
-            );
-            return Err(Failure::new(Exit::Failed, message).hint("build one template at a time"));
-        }
-    }
-    create(session, name, &files.content(), wait).await
 }
 
 async fn create(session: &Session, name: &Name, content: &Content, wait: Wait) -> Result<(), Failure> {
@@ -237,17 +175,6 @@ fn by_name(path: &Path) -> Result<Format, Failure> {
             Err(Failure::new(Exit::Usage, message).hint("give --format qcow2 or --format raw"))
         }
     }
-}
-
-/// Where what was built is kept from one time to the next.
-fn cache() -> PathBuf {
-    let of = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let base = of("XDG_CACHE_HOME").or_else(|| of("HOME").map(|home| home.join(".cache")));
-    base.unwrap_or_else(|| "/var/cache".into()).join("godwit")
 }
 
 fn state(view: &View) -> &'static str {
