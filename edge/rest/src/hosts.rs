@@ -134,7 +134,7 @@ pub(crate) async fn abandon(
     submit(&app, asked.actor, Command::AbandonHost(host), asked.options).await
 }
 
-/// Makes a one-use token with which a host joins.
+/// Makes a one-use token with which a host joins. Each request makes another one, also with an idempotency key.
 #[utoipa::path(post, path = "/v1/hosts/tokens", tag = "hosts", request_body = TokenRequest,
     responses((status = 200, body = TokenText), (status = "4XX", body = Problem)))]
 pub(crate) async fn add_token(State(app): State<App>, asked: Asked<TokenRequest>) -> Result<Json<TokenText>, Failure> {
@@ -153,18 +153,15 @@ pub(crate) async fn add_token(State(app): State<App>, asked: Asked<TokenRequest>
     Ok(Json(TokenText { token, ttl_s }))
 }
 
-/// Refuses what cannot be kept for a secret that is shown once: it is not stored, so it cannot be shown again, or be planned.
+/// Refuses what has no meaning for a secret that is shown once. An idempotency key has little: the secret is not stored and cannot be
+/// shown again, so a repeated request gets a token of its own, and the one whose answer was lost expires unused.
 fn plain(options: &SubmitOptions) -> Result<(), Failure> {
-    let given = [
-        (options.dry_run, "dry_run"),
-        (options.key.is_some(), "Idempotency-Key"),
-        (options.expect.is_some(), "If-Match"),
-    ];
+    let given = [(options.dry_run, "dry_run"), (options.expect.is_some(), "If-Match")];
     match given.iter().find(|(given, _)| *given) {
         None => Ok(()),
         Some((_, word)) => Err(Failure::input(
             format!("a join token is made and shown at once: {word} has no meaning here"),
-            "leave it out; a token that was lost expires unused",
+            "leave it out",
         )),
     }
 }

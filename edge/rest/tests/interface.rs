@@ -351,13 +351,21 @@ async fn a_join_token_is_not_made_by_a_request_that_asks_for_more_than_one_can_k
     let tokens = "/v1/hosts/tokens";
     for (what, request) in [
         ("a plan", post("/v1/hosts/tokens?dry_run=true")),
-        ("a key", post(tokens).header("idempotency-key", "once")),
         ("a revision", post(tokens).header("if-match", "\"1\"")),
     ] {
         let request = request.body(Body::from("{}")).unwrap();
         assert_eq!(api.refused(what, request, 400).await, "invalid-input");
     }
-    assert_eq!(api.post(tokens, "{}").await.0, StatusCode::OK);
+    // As the command line asks. A token that is shown once cannot be shown again: the second is another.
+    let keyed = || {
+        post(tokens)
+            .header("idempotency-key", "once")
+            .body(Body::from("{}"))
+            .unwrap()
+    };
+    let (first, second) = (api.answer(keyed()).await, api.answer(keyed()).await);
+    assert_eq!((first.0, second.0), (StatusCode::OK, StatusCode::OK));
+    assert_ne!(first.2["token"], second.2["token"]);
 }
 
 #[tokio::test]
