@@ -59,12 +59,24 @@ pub(super) const FILES: &[(&str, &str)] = &[
     // Empty: each VM makes its own at its first start.
     ("etc/machine-id", ""),
     ("boot/grub/grub.cfg", grub::MENU),
+    (
+        "etc/systemd/system/systemd-networkd-wait-online.service.d/godwit.conf",
+        ONLINE,
+    ),
 ];
+
+/// Two minutes for a network that may not be there hold up logins too; one card with an address is enough.
+const ONLINE: &str = "\
+[Service]
+ExecStart=
+ExecStart=/lib/systemd/systemd-networkd-wait-online --any --timeout=20
+";
 
 const CLOUD: &str = "\
 datasource_list: [ NoCloud, None ]
 manage_etc_hosts: true
 ssh_pwauth: false
+locale: false
 ssh_genkeytypes: [ ed25519, ecdsa, rsa ]
 system_info:
   network:
