@@ -169,19 +169,7 @@ impl From<Refusal> for Failure {
     }
 }
 
-/// An error and its causes in one line; a cause that the line has already is left out.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
-}
+pub(crate) use model::story as chain;
 
 #[cfg(test)]
 mod tests {

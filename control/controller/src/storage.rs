@@ -67,13 +67,7 @@ impl StorageError {
     /// The whole story in one line, for people.
     #[must_use]
     pub fn story(&self) -> String {
-        let mut story = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            story = format!("{story}: {error}");
-            cause = error.source();
-        }
-        story
+        model::story(self)
     }
 }
 

@@ -340,17 +340,7 @@ async fn delete_blob(from: &Arc<NamedPool>, digest: Digest) -> Result<(), Refusa
     deleted.map(drop).map_err(|error| failed(chain(&error)))
 }
 
-/// An error with its causes, each once.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
-}
+pub(crate) use model::story as chain;
 
 #[cfg(test)]
 mod tests {

@@ -148,7 +148,7 @@ pub fn run(spec: &TunnelSpec) -> Result<(), TunnelError> {
             .serve(&mut file)
         }
     };
-    let error = outcome.as_ref().err().map(|error| chain(error));
+    let error = outcome.as_ref().err().map(|error| model::story(error));
     if let Some(error) = &error {
         tunnel.log(error);
     }
@@ -216,7 +216,7 @@ impl Tunnel {
 
     fn refuse(&self, why: &dyn std::error::Error) {
         self.refused.fetch_add(1, Ordering::Relaxed);
-        self.log(&format!("refused a connection: {}", chain(why)));
+        self.log(&format!("refused a connection: {}", model::story(why)));
     }
 
     fn take_slot(&self) -> bool {
@@ -471,7 +471,9 @@ impl Visit {
         });
         match self.begin(link) {
             Ok((link, local)) => self.tunnel.relay(link, local),
-            Err(error) => self.tunnel.log(&format!("a channel did not begin: {}", chain(&error))),
+            Err(error) => self
+                .tunnel
+                .log(&format!("a channel did not begin: {}", model::story(&error))),
         }
         self.tunnel.slots.fetch_sub(1, Ordering::Relaxed);
     }
@@ -524,16 +526,4 @@ fn bind_local(path: &Path) -> Result<UnixListener, TunnelError> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     Ok(listener)
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }

@@ -31,10 +31,8 @@
 //!
 //! Source of the traps that shaped it: docs/adr/0014-hand-over.md.
 
-mod arbiter;
 mod destination;
 mod source;
 
-pub use arbiter::{Holder, Words, holder};
 pub use destination::{Destination, DestinationEffect, DestinationInput, Receiving, Recovered};
 pub use source::{Source, SourceEffect, SourceInput, Standing};

@@ -1,8 +1,10 @@
 //! What the two state machines promise for any inputs whatever, in any order.
 
+mod arbiter;
+
+use arbiter::{Holder, Words, holder};
 use handover::{
-    Destination, DestinationEffect, DestinationInput, Holder, Receiving, Source, SourceEffect, SourceInput, Standing,
-    Words, holder,
+    Destination, DestinationEffect, DestinationInput, Receiving, Source, SourceEffect, SourceInput, Standing,
 };
 use model::{BootId, Code, Generation, HostId, Message, Millis, OperationId, Refusal, Terms, VmId};
 use proptest::prelude::*;

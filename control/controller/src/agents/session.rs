@@ -13,7 +13,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
-use model::{HostId, Order, Refusal, Report, refusal::Code};
+use model::{HostId, Order, Refusal, Report, refusal::Code, story};
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -137,13 +137,6 @@ impl Frames {
                 Err(_) => return Err(End::Silent),
             }
         }
-    }
-}
-
-fn story(error: &wire::FrameError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
 

@@ -11,16 +11,19 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+#[path = "../arbiter/mod.rs"]
+mod arbiter;
 mod hypervisor;
 mod side;
 
 use std::{collections::BTreeSet, fmt};
 
-use handover::{Destination, DestinationInput, Holder, Receiving, Source, SourceInput, Words, holder};
+use handover::{Destination, DestinationInput, Receiving, Source, SourceInput};
 use model::{BootId, Code, Generation, HostId, Message, Millis, OperationId, Refusal, Terms, VmId};
 use uuid::Uuid;
 
 pub(crate) use self::{
+    arbiter::{Holder, Words, holder},
     hypervisor::{Asked, Copy, Guest, Told},
     side::Side,
 };

@@ -1,21 +1,21 @@
-//! What follows from the two sides' words: who holds the VM.
+//! What follows from the two sides' words: who holds the VM. The judge of the tests, which knows both journals.
 
 use model::{Generation, HostId, Terms};
 
-use crate::{Destination, Source};
+use handover::{Destination, Source};
 
 /// What is known of the two sides' states. `None`: not heard of yet, or not reachable.
 #[derive(Clone, Copy, Debug)]
-pub struct Words<'a> {
+pub(crate) struct Words<'a> {
     /// The source's.
-    pub source: Option<&'a Source>,
+    pub(crate) source: Option<&'a Source>,
     /// The destination's.
-    pub destination: Option<&'a Destination>,
+    pub(crate) destination: Option<&'a Destination>,
 }
 
 /// Who holds a VM under some terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holder {
+pub(crate) enum Holder {
     /// This host, under this generation.
     Host(HostId, Generation),
     /// Not decided yet, or not known yet: nothing is to be started.
@@ -27,7 +27,7 @@ pub enum Holder {
 /// Who holds the VM, by the two sides' words. Never names two hosts for the same pair of journals, whatever part of them is known:
 /// one side's word is enough where it excludes the other.
 #[must_use]
-pub fn holder(terms: &Terms, words: Words<'_>) -> Holder {
+pub(crate) fn holder(terms: &Terms, words: Words<'_>) -> Holder {
     match (words.source, words.destination) {
         (_, Some(Destination::Run)) | (Some(Source::HandedOver), _) => Holder::Host(terms.destination, terms.granted),
         (Some(Source::Kept { .. }), _) => Holder::Host(terms.source, terms.held),
