@@ -12,7 +12,7 @@ use std::time::Duration;
 /// Hosts of the cluster.
 pub const HOSTS: u8 = 3;
 /// Names the QEMU of the hosts; without it, the one in PATH.
-const QEMU: &str = "GODWIT_E2E_QEMU";
+const QEMU: &str = "GODWIT_QEMU";
 /// Memory of a VM of these tests, MiB: enough for the guest and its memory writer.
 pub const MEMORY: &str = "256M";
 /// A guest that does not answer after this did not start.
@@ -109,6 +109,20 @@ impl Shared {
             ip: vm.ip,
             netns: self.cluster.lab().client_netns(),
         })
+    }
+
+    /// Whether guests stand while they are copied, by the facts of the hosts: emulated ones of a QEMU before 10 (ADR 0022). Requests
+    /// that were due meanwhile are answered late then, or not at all.
+    ///
+    /// # Errors
+    /// When the hosts do not tell.
+    pub fn stands_while_copied(&self) -> Result<bool> {
+        let host = self.cluster.json(&["host", "show", "h1"])?;
+        let hypervisor = &host["status"]["facts"]["hypervisor"];
+        let version = hypervisor["version"].as_str().unwrap_or_default();
+        let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
+        let major = major.with_context(|| format!("h1 tells no version of its QEMU: {hypervisor}"))?;
+        Ok(hypervisor["accelerator"] == "tcg" && major < 10)
     }
 
     /// An operation, once it is over.

@@ -41,10 +41,42 @@ pub struct LoadReport {
     pub p99_ms: f64,
     /// Longest latency, ms.
     pub max_ms: f64,
+    /// Longest time between two answers in a row, ms.
+    pub silence_ms: f64,
+    /// Requests that were due each second.
+    pub rate: u32,
     /// Why requests were lost: the first few reasons.
     pub reasons: Vec<String>,
     /// Answers by latency: the count of those in `[2^(i-1), 2^i)` ms at place i.
     pub histogram: Vec<u64>,
+}
+
+impl LoadReport {
+    /// No request was lost, and one guest answered; or, where the guest `stands` while it is copied, none but those of one standstill.
+    ///
+    /// # Errors
+    /// What is not so.
+    pub fn holds(&self, stands: bool) -> Result<()> {
+        if self.counter_faults > 0 {
+            bail!(
+                "the guest's counter stood still or fell {} times: two guests, or an old one",
+                self.counter_faults
+            );
+        }
+        // One is due at each end of the silence.
+        let due_in_silence = self.silence_ms / 1e3 * f64::from(self.rate) + 2.0;
+        let allowed = if stands { due_in_silence } else { 0.0 };
+        if self.lost as f64 > allowed {
+            bail!(
+                "{} of {} requests were lost, {allowed:.0} at most may be; longest silence {:.0} ms: {:?}",
+                self.lost,
+                self.sent,
+                self.silence_ms,
+                self.reasons
+            );
+        }
+        Ok(())
+    }
 }
 
 /// A running load.
@@ -136,6 +168,9 @@ struct Tally {
     /// Highest counter of a finished request.
     highest: u64,
     counter_faults: u64,
+    /// When the last answer came.
+    answered: Option<Instant>,
+    silence: Duration,
 }
 
 impl Client {
@@ -167,7 +202,7 @@ impl Client {
             while requests.try_join_next().is_some() {}
         }
         while requests.join_next().await.is_some() {}
-        Ok(self.tally.borrow().report(self.lost.load(Ordering::Relaxed)))
+        Ok(self.tally.borrow().report(self.lost.load(Ordering::Relaxed), rate))
     }
 
     async fn one(&self, due: Instant) {
@@ -187,7 +222,10 @@ impl Client {
         let latency_ms = due.elapsed().as_secs_f64() * 1e3;
         let mut tally = self.tally.borrow_mut();
         match answered {
-            Ok(counter) => tally.answer(latency_ms, counter, floor),
+            Ok(counter) => {
+                tally.heard(Instant::now());
+                tally.answer(latency_ms, counter, floor);
+            }
             Err(error) => {
                 self.lost.fetch_add(1, Ordering::Relaxed);
                 if tally.reasons.len() < REASONS_MAX {
@@ -217,6 +255,13 @@ impl Client {
 }
 
 impl Tally {
+    /// An answer came at this time.
+    fn heard(&mut self, at: Instant) {
+        if let Some(before) = self.answered.replace(at) {
+            self.silence = self.silence.max(at.saturating_duration_since(before));
+        }
+    }
+
     /// `floor` is the highest counter that was known when the request was sent.
     fn answer(&mut self, latency_ms: f64, counter: u64, floor: u64) {
         self.latencies_ms.push(latency_ms);
@@ -230,7 +275,7 @@ impl Tally {
         }
     }
 
-    fn report(&self, lost: u64) -> LoadReport {
+    fn report(&self, lost: u64, rate: u32) -> LoadReport {
         let mut sorted = self.latencies_ms.clone();
         sorted.sort_by(f64::total_cmp);
         let quantile = |q: f64| {
@@ -251,6 +296,8 @@ impl Tally {
             p50_ms: quantile(0.5),
             p99_ms: quantile(0.99),
             max_ms: quantile(1.0),
+            silence_ms: self.silence.as_secs_f64() * 1e3,
+            rate,
             reasons: self.reasons.clone(),
             histogram,
         }
@@ -279,13 +326,31 @@ mod tests {
         for (counter, latency) in [0.5, 1.0, 3.0, 900.0].into_iter().enumerate() {
             tally.answer(latency, counter as u64 + 1, 0);
         }
-        let report = tally.report(2);
+        let report = tally.report(2, 50);
         assert_eq!(report.histogram.iter().sum::<u64>(), 4);
         assert_eq!(
             (report.histogram[0], report.histogram[1], report.histogram[2]),
             (1, 1, 1)
         );
         assert_eq!((report.max_ms, report.lost), (900.0, 2));
+    }
+
+    #[test]
+    fn only_where_the_guest_stands_may_requests_be_lost_and_then_only_those_of_one_standstill() {
+        let start = Instant::now();
+        let mut tally = Tally::default();
+        for ms in [0, 20, 3020, 3040] {
+            tally.heard(start + Duration::from_millis(ms));
+        }
+        let lost = |lost| tally.report(lost, 50);
+        assert!((lost(0).silence_ms - 3000.0).abs() < 1.0);
+        assert!(lost(0).holds(false).is_ok() && lost(1).holds(false).is_err());
+        assert!(lost(150).holds(true).is_ok() && lost(160).holds(true).is_err());
+        let faulty = LoadReport {
+            counter_faults: 1,
+            ..lost(0)
+        };
+        assert!(faulty.holds(true).is_err());
     }
 
     #[test]

@@ -146,8 +146,8 @@ fn untouched(shared: &mut Shared, crash: impl FnOnce(&mut Shared) -> Result<()>)
     ensure!(shared.settled(&guest, FROM)? == qemu, "another QEMU runs the VM");
     guest.status()?.follows(&before)?;
     let load = load.finish()?;
-    ensure!(load.lost == 0, "{} requests were lost: {:?}", load.lost, load.reasons);
-    ensure!(load.counter_faults == 0, "the guest's counter stood still or fell");
+    // It was not moved: it never stood.
+    load.holds(false)?;
     for (verb, state) in [("pause", "paused"), ("resume", "active")] {
         shared.cluster.json(&["vm", verb, &guest.name, "--wait"])?;
         ensure!(
