@@ -166,8 +166,12 @@ impl Handle {
         };
         self.submit(self.own_actor().await?, command, SubmitOptions::default())
             .await?;
+        let name = self
+            .ask(move |world, _| world.host(host).map(|row| row.name.clone()))
+            .await?;
         Ok(JoinResponse {
             host,
+            name,
             certificate_pem,
             ca_pem: authority.cluster.certificate().to_pem(),
             agent_endpoint: authority.agent_endpoint.clone(),

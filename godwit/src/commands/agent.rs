@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ::agent::AgentConfig;
+use ::agent::{AgentConfig, JoinError, StartError};
 use clap::Args;
 use identity::JoinTarget;
 use model::Name;
@@ -194,7 +194,7 @@ impl Agent {
         let work = async {
             join(&config, self.join.as_ref(), &name).await?;
             let agent = start(config).await?;
-            ready(&agent, &name)?;
+            ready(&agent, &agent.name().cloned().unwrap_or(name))?;
             agent.run().await;
             Ok(())
         };
@@ -206,23 +206,61 @@ impl Agent {
     }
 }
 
-/// Joins the cell, unless this host has.
+/// Joins the cell, unless this host has; then a token is of use only where the host was removed since.
 pub(crate) async fn join(config: &AgentConfig, target: Option<&JoinTarget>, name: &Name) -> Result<(), Failure> {
-    let Some(target) = target.filter(|_| !config.has_joined()) else {
+    let Some(target) = target else {
         return Ok(());
     };
-    let joined = ::agent::join(config, target, name).await;
-    let joined =
-        joined.map_err(|error| Failure::of(Exit::Failed, &error).hint("a fresh token: godwit host add-token"))?;
+    if config.has_joined() && !was_removed(config).await? {
+        out::note("this host has joined already: --join is ignored");
+        return Ok(());
+    }
+    let joined = ::agent::join(config, target, name)
+        .await
+        .map_err(|error| Failure::of(Exit::Failed, &error).hint(join_hint(&error)))?;
     tracing::info!(host = %joined.host, cluster = %joined.cluster, "joined");
+    if let Some(given) = joined.name.filter(|given| given != name) {
+        out::note(&format!("another host is called {name}: this one is {given}"));
+    }
     Ok(())
+}
+
+/// Whether the cell no longer knows this host, which had joined it.
+pub(crate) async fn was_removed(config: &AgentConfig) -> Result<bool, Failure> {
+    let standing = ::agent::standing(config).await;
+    let standing = standing.map_err(|error| Failure::of(Exit::Failed, &error))?;
+    Ok(matches!(standing, ::agent::Standing::Removed(_)))
+}
+
+/// What mends a join that failed.
+fn join_hint(error: &JoinError) -> String {
+    match error {
+        JoinError::Connect { address, .. } => {
+            format!(
+                "see that the controller runs and {address} is right (its port for clients, 7443 by default); the token is still good"
+            )
+        }
+        JoinError::Leave(_) => "then start this agent again, with the same token".to_owned(),
+        JoinError::State(_) | JoinError::Key(_) => {
+            "then start it again; the token may be used up: godwit host add-token".to_owned()
+        }
+        JoinError::NotTheController { .. } | JoinError::Answer { .. } | JoinError::Refused(_) => {
+            "a fresh token: godwit host add-token, on the controller".to_owned()
+        }
+    }
 }
 
 /// Starts the agent.
 pub(crate) async fn start(config: AgentConfig) -> Result<::agent::Agent, Failure> {
-    ::agent::Agent::start(config)
-        .await
-        .map_err(|error| Failure::of(Exit::Failed, &error).hint("godwit doctor --for agent says what this host lacks"))
+    ::agent::Agent::start(config).await.map_err(|error| {
+        let hint = match &error {
+            StartError::Removed { .. } => {
+                "to join again: godwit host add-token on the controller, then start this agent with --join and what it prints"
+            }
+            _ => "godwit doctor --for agent says what this host lacks",
+        };
+        Failure::of(Exit::Failed, &error).hint(hint)
+    })
 }
 
 /// Says that the agent runs.

@@ -68,7 +68,8 @@ impl Up {
             .config(places, controller::outward_address(), Some((gateway.into(), prefix)))?;
         let name = self.host_name.unwrap_or_else(agent::own_name);
         let work = async {
-            if !config.has_joined() {
+            // This machine's own controller: who starts both here wants this host in its cell.
+            if !config.has_joined() || agent::was_removed(&config).await? {
                 let address = Address {
                     host: reached_at(own_api).to_string(),
                     port: own_api.port(),

@@ -1,11 +1,6 @@
 //! QEMU: which one, what it can do, and whether KVM really runs guests.
 
-use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, io, time::Duration};
 
 use ::qemu::{Capabilities, DiscoverError, ProbeError, Program, Verdict, discover, probe};
 use model::{host::Accelerator, layout::Family};
@@ -43,7 +38,7 @@ pub(super) async fn look(look: &Look) -> Checks {
     let probed = async {
         match is_forbidden {
             true => None,
-            false => Some(timeout(STEP_MAX, probed(&program)).await),
+            false => Some(timeout(STEP_MAX, probe(&program)).await),
         }
     };
     let (asked, verdict) = tokio::join!(timeout(STEP_MAX, discover(&program)), probed);
@@ -90,14 +85,6 @@ pub(super) async fn look(look: &Look) -> Checks {
         ]),
     }
     checks
-}
-
-async fn probed(program: &Program) -> Result<Verdict, ProbeError> {
-    let scratch = Scratch::new().map_err(|source| ProbeError::Disk {
-        directory: std::env::temp_dir().display().to_string(),
-        source,
-    })?;
-    probe(program, &scratch.0).await
 }
 
 fn kvm_is_forbidden() -> bool {
@@ -158,9 +145,7 @@ fn accelerator(look: &Look, verdict: &Result<Verdict, ProbeError>) -> Check {
     match verdict {
         Ok(verdict) if verdict.accelerator == Accelerator::Kvm => Check::ok(topic, &verdict.reason),
         Ok(verdict) => Check::warning(topic, &verdict.reason, kvm_mend(look)),
-        Err(error @ ProbeError::Disk { .. }) => {
-            Check::skipped(topic, chain(error)).mend("make room in /tmp, or set TMPDIR")
-        }
+        Err(error @ ProbeError::Disk(_)) => Check::skipped(topic, chain(error)).mend("free some memory"),
         Err(error) => Check::problem(topic, chain(error), install(look)),
     }
 }
@@ -191,25 +176,6 @@ pub(super) fn look_at_qemu_img(look: &Look) -> Checks {
         Ok(line) => Check::ok(topic, line),
         Err(why) => Check::problem(topic, why, mend()),
     }]
-}
-
-/// A directory for the probe, which nobody else can enter, gone when it is dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> io::Result<Self> {
-        let path: &Path = &std::env::temp_dir();
-        let path = path.join(format!("godwit-doctor-{}", uuid::Uuid::new_v4()));
-        fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // At worst an empty directory stays.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 #[cfg(test)]

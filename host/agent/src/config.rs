@@ -40,6 +40,9 @@ pub struct Membership {
     pub version: u16,
     /// This host.
     pub host: HostId,
+    /// What the cell calls it; `None` where a controller did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
     /// The cluster.
     pub cluster: Uuid,
     /// `HOST:PORT` of the controller's port for agents.
@@ -96,7 +99,7 @@ impl AgentConfig {
         self.state_dir.join("journal")
     }
 
-    fn membership_path(&self) -> PathBuf {
+    pub(crate) fn membership_path(&self) -> PathBuf {
         self.state_dir.join("membership.json")
     }
 
@@ -155,9 +158,15 @@ impl AgentConfig {
         self.run_dir.join(vm.to_string())
     }
 
+    /// Where the VMs' directories of logs are.
+    #[must_use]
+    pub fn logs_dir(&self) -> PathBuf {
+        self.state_dir.join("logs")
+    }
+
     /// A VM's own directory of logs.
     #[must_use]
     pub fn vm_log_dir(&self, vm: model::VmId) -> PathBuf {
-        self.state_dir.join("logs").join(vm.to_string())
+        self.logs_dir().join(vm.to_string())
     }
 }

@@ -16,6 +16,7 @@ use wire::{
 
 use crate::{
     config::{AgentConfig, Membership, StateError},
+    leave::{Former, LeaveError},
     shared::Shared,
     template::chain,
 };
@@ -60,15 +61,24 @@ pub enum JoinError {
     /// What was given could not be kept.
     #[error(transparent)]
     State(#[from] StateError),
+    /// This host was removed from a cell, and its former membership cannot be given up.
+    #[error(transparent)]
+    Leave(#[from] LeaveError),
 }
 
 /// Joins a cell. The answer is kept in the state directory; when that fails, or the answer is lost, the same token may be used again
-/// with another key only if it was not used up.
+/// with another key only if it was not used up. Of a host that had joined before, and was removed, the former membership is given up
+/// with all that it held; the caller has made sure of that by [`standing`](crate::standing).
 ///
 /// # Errors
 /// [`JoinError`].
 pub async fn join(config: &AgentConfig, target: &JoinTarget, name: &Name) -> Result<Membership, JoinError> {
     config.make_state_dir()?;
+    let former = match config.membership() {
+        Ok((membership, _)) => Some(Former::of(config, &membership).await?),
+        Err(StateError::NotJoined) => None,
+        Err(error) => return Err(error.into()),
+    };
     let address = format!("{}:{}", target.address.host, target.address.port);
     let key = NodeKey::generate()?;
     let request = JoinRequest {
@@ -90,9 +100,13 @@ pub async fn join(config: &AgentConfig, target: &JoinTarget, name: &Name) -> Res
     let membership = Membership {
         version: 1,
         host: answer.host,
+        name: answer.name,
         cluster: answer.cluster,
         controller,
     };
+    if let Some(former) = former {
+        former.forget(config)?;
+    }
     config.keep(&membership, &identity)?;
     Ok(membership)
 }

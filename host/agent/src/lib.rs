@@ -20,6 +20,7 @@ mod console;
 mod facts;
 mod join;
 mod journal;
+mod leave;
 mod peers;
 mod reports;
 mod room;
@@ -31,17 +32,21 @@ mod template;
 pub mod tunnel;
 mod tunnels;
 
-use std::{collections::BTreeMap, io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time::Duration};
 
 use model::{Name, PoolId, host::Hypervisor};
 use network::BridgeSpec;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 
 pub use config::{AgentConfig, Membership, StateError};
 pub use join::{JoinError, join};
 pub use journal::JournalError;
+pub use leave::{LeaveError, Standing, standing};
 
 use shared::{NamedPool, Parts, Shared};
+
+/// How long an agent that starts asks whether it is still of its cell; it learns it later otherwise.
+const STANDING_MAX: Duration = Duration::from_secs(2);
 
 /// Why an agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +54,14 @@ pub enum StartError {
     /// Its state is missing or damaged.
     #[error(transparent)]
     State(#[from] StateError),
+    /// It is not of its cell any more.
+    #[error("host {host} was removed from its cell: the controller at {controller} no longer knows it")]
+    Removed {
+        /// The host.
+        host: model::HostId,
+        /// Who said so.
+        controller: String,
+    },
     /// Its journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -120,7 +133,15 @@ impl Agent {
         let pools = open_pools(&config)?;
         let program = qemu::Program::locate(Some(&config.qemu));
         let capabilities = qemu::discover(&program).await?;
-        let verdict = qemu::probe(&program, &config.run_dir).await?;
+        // Beside the probe: guests that wait for this agent wait no longer for a controller that does not answer.
+        let asked = timeout(STANDING_MAX, standing(&config));
+        let (verdict, asked) = tokio::join!(qemu::probe(&program), asked);
+        if let Ok(Ok(Standing::Removed(_))) = asked {
+            // Nothing is taken up: its VMs may run elsewhere by now.
+            let Membership { host, controller, .. } = membership;
+            return Err(StartError::Removed { host, controller });
+        }
+        let verdict = verdict?;
         tracing::info!(qemu = %capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
         let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
         let address = config.address;
@@ -151,6 +172,12 @@ impl Agent {
     #[must_use]
     pub fn host(&self) -> model::HostId {
         self.shared.host()
+    }
+
+    /// What the cell called this host when it joined; `None` where it did not say.
+    #[must_use]
+    pub fn name(&self) -> Option<&Name> {
+        self.shared.membership.name.as_ref()
     }
 
     /// Runs until it is dropped. VMs and migrations go on without it.

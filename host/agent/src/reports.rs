@@ -68,7 +68,7 @@ pub(crate) fn inventory(vms: Vec<VmObserved>) -> Vec<Report> {
 /// Without the receipt of a move that is over: its own report told it, and a tombstone is told with each inventory from then on.
 fn briefly(mut vm: VmObserved) -> VmObserved {
     if let Happening::TornDown { receipt, .. } = &mut vm.what {
-        *receipt = Box::default();
+        **receipt = model::Receipt::default();
     }
     vm
 }

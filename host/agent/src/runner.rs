@@ -8,8 +8,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    io,
     net::SocketAddr,
     os::fd::OwnedFd,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -137,6 +139,7 @@ impl Runner {
             };
             self.take(input).await;
             while self.gone {
+                self.remove_logs();
                 // Under the same lock as feeding: nothing that comes now is lost.
                 match self.shared.forget(self.vm, &mut queue) {
                     Some(fed) => self.take(fed).await,
@@ -215,6 +218,13 @@ impl Runner {
             Effect::Progress(operation, progress) => self.shared.progress(operation, progress),
             // Seen after the whole step: the same step may have taken new work.
             Effect::Gone => {}
+        }
+    }
+
+    /// What a guest printed here goes with it: its new host begins a log of its own.
+    fn remove_logs(&self) {
+        if let Err(error) = remove_logs(&self.shared.config.vm_log_dir(self.vm)) {
+            tracing::warn!(vm = %self.vm, %error, "the VM's logs were not removed");
         }
     }
 
@@ -327,7 +337,7 @@ impl Runner {
         let logs = self.shared.config.vm_log_dir(self.vm);
         tokio::task::spawn_blocking(move || {
             let result = delete_volumes(&shared, &volumes);
-            let _ = std::fs::remove_dir_all(logs);
+            let _ = remove_logs(&logs);
             let _ = back.blocking_send(Fed::Input(Input::FilesDeleted(result)));
         });
     }
@@ -406,6 +416,14 @@ impl Runner {
             message: word.message,
         };
         self.shared.peers.say(&self.shared, relay, self.said.1 > DIRECT_WORDS);
+    }
+}
+
+/// Removes a VM's directory of logs; one that is not there is removed already.
+pub(crate) fn remove_logs(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

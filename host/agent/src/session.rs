@@ -14,15 +14,15 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::stream;
-use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
+use http_body_util::{BodyExt, Limited, StreamBody, combinators::BoxBody};
 use hyper::{
     Request, Response, StatusCode,
     body::{Frame, Incoming},
     client::conn::http2::{self, SendRequest},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use identity::tls;
-use model::{HostFacts, Report, host::Hypervisor, id::Sequence};
+use identity::{NodeIdentity, tls};
+use model::{Code, HostFacts, Refusal, Report, host::Hypervisor, id::Sequence};
 use tokio::{
     net::TcpStream,
     sync::mpsc,
@@ -30,7 +30,7 @@ use tokio::{
 };
 use uuid::Uuid;
 use wire::{
-    Decoder, Down, Hello, Up,
+    Decoder, Down, Hello, Problem, Up,
     session::{FRAME_BYTES_MAX, HEARTBEAT, LOST_AFTER, SESSION_PATH},
 };
 
@@ -48,6 +48,10 @@ const BATCH: usize = 64;
 const FRAMES_WAITING_MAX: usize = 256;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Between two tries of a host that was removed.
+const REMOVED_AGAIN: Duration = Duration::from_secs(600);
+/// Longest explanation of a refusal.
+const PROBLEM_BYTES_MAX: usize = 64 << 10;
 /// A session that stood this long begins again at the least back-off.
 const STEADY: Duration = Duration::from_secs(10);
 
@@ -69,10 +73,16 @@ pub(crate) enum SessionError {
     /// The request was turned down.
     #[error("the controller answered {0}")]
     Status(StatusCode),
+    /// This host is not of the cell any more.
+    #[error("this host was removed from the cell")]
+    Removed(Refusal),
+    /// It said no.
+    #[error("the controller refused: {0}")]
+    Refused(Refusal),
     /// A frame that cannot be read or written.
     #[error("the controller and this agent do not understand each other")]
     Frame(#[from] wire::FrameError),
-    /// It said no.
+    /// It ended what had begun.
     #[error("the controller ended the session: {0}")]
     Closed(String),
     /// The stream ended.
@@ -83,13 +93,19 @@ pub(crate) enum SessionError {
 /// Keeps a session with the controller for as long as the agent lives.
 pub(crate) async fn keep(shared: Arc<Shared>, hypervisor: Hypervisor) {
     let incarnation = Uuid::now_v7();
-    let mut backoff = BACKOFF_MIN;
+    let (mut backoff, mut removed_before) = (BACKOFF_MIN, false);
     loop {
         let began = Instant::now();
         let ended = run(&shared, &hypervisor, incarnation).await;
         shared.set_link(None);
         match ended {
             Ok(never) => match never {},
+            Err(SessionError::Removed(_)) => {
+                removed(&shared, removed_before);
+                removed_before = true;
+                tokio::time::sleep(REMOVED_AGAIN).await;
+                continue;
+            }
             Err(error) => {
                 tracing::warn!(
                     controller = shared.membership.controller,
@@ -106,8 +122,57 @@ pub(crate) async fn keep(shared: Arc<Shared>, hypervisor: Hypervisor) {
     }
 }
 
+/// Says once that nobody wants this agent any more. Its guests are left alone: a controller that was restored from a backup may not
+/// know a host that joined after it was made.
+fn removed(shared: &Shared, before: bool) {
+    if before {
+        tracing::debug!("this host is still removed from the cell");
+        return;
+    }
+    let host = shared.host();
+    tracing::error!(
+        "host {host} was removed from the cell of {}; it takes no more orders. To join again, stop this agent and start it with --join \
+         and a fresh token: godwit host add-token",
+        shared.membership.controller
+    );
+}
+
+/// Asks what a session would be answered, and begins none.
+pub(crate) async fn ask_standing(controller: &str, identity: &NodeIdentity) -> Result<Infallible, SessionError> {
+    let mut link = connect(controller, identity).await?;
+    let (_, no_frames) = mpsc::channel(1);
+    let request = Request::post(SESSION_PATH)
+        .body(body_of(no_frames))
+        .map_err(|_| SessionError::Ended)?;
+    let answer = timeout(CONNECT_MAX, link.send_request(request))
+        .await
+        .map_err(|_| SessionError::Silent)??;
+    Err(refused(answer).await)
+}
+
+/// Why a session was not begun.
+async fn refused(answer: Response<Incoming>) -> SessionError {
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), PROBLEM_BYTES_MAX).collect();
+    let body = timeout(CONNECT_MAX, body).await.ok().and_then(Result::ok);
+    let problem = body.and_then(|body| serde_json::from_slice::<Problem>(&body.to_bytes()).ok());
+    match problem.map(Problem::into_refusal) {
+        Some(refusal) if refusal.code == Code::Forbidden => SessionError::Removed(refusal),
+        Some(refusal) => SessionError::Refused(refusal),
+        None => SessionError::Status(status),
+    }
+}
+
+/// Why a session was ended by word.
+fn closed(reason: Refusal) -> SessionError {
+    match reason.code {
+        Code::Forbidden => SessionError::Removed(reason),
+        _ => SessionError::Closed(reason.message),
+    }
+}
+
 async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -> Result<Infallible, SessionError> {
-    let mut link = connect(shared).await?;
+    let mut link = connect(&shared.membership.controller, &shared.identity()).await?;
     let (up, frames) = mpsc::channel::<Bytes>(FRAMES_WAITING_MAX);
     let hello = Up::Hello(Hello {
         version_min: wire::VERSION_MIN,
@@ -125,12 +190,12 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
         .await
         .map_err(|_| SessionError::Silent)??;
     if answer.status() != StatusCode::OK {
-        return Err(SessionError::Status(answer.status()));
+        return Err(refused(answer).await);
     }
     let mut down = Frames::of(answer);
     let accepted = match down.next().await? {
         Down::Accepted(accepted) => accepted,
-        Down::Close { reason } => return Err(SessionError::Closed(reason.message)),
+        Down::Close { reason } => return Err(closed(reason)),
         _ => return Err(SessionError::Ended),
     };
     tracing::info!(
@@ -158,13 +223,12 @@ async fn run(shared: &Arc<Shared>, hypervisor: &Hypervisor, incarnation: Uuid) -
     }
 }
 
-async fn connect(shared: &Arc<Shared>) -> Result<Link, SessionError> {
-    let address = &shared.membership.controller;
+async fn connect(address: &str, identity: &NodeIdentity) -> Result<Link, SessionError> {
     let stream = timeout(CONNECT_MAX, TcpStream::connect(address))
         .await
         .map_err(|_| SessionError::Silent)??;
     stream.set_nodelay(true)?;
-    let config = Arc::new(tls::to_controller(&shared.identity())?);
+    let config = Arc::new(tls::to_controller(identity)?);
     let stream = tls::connect(&config, tls::unnamed(), stream, CONNECT_MAX).await?;
     let (link, connection) = http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(1 << 20)
@@ -234,7 +298,7 @@ async fn listen(shared: &Arc<Shared>, up: &mpsc::Sender<Bytes>, down: &mut Frame
                     }
                 });
             }
-            Down::Close { reason } => return Err(SessionError::Closed(reason.message)),
+            Down::Close { reason } => return Err(closed(reason)),
             Down::Accepted(_) | Down::Heartbeat | Down::Other => {}
         }
     }

@@ -1,7 +1,7 @@
 //! What all tasks of an agent share: configuration, identity, journal, connections, and the VMs' runners.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -284,16 +284,39 @@ impl Shared {
     /// Takes up all VMs of the journal, hand-overs first: they have waited for a decision.
     pub(crate) fn take_up(self: &Arc<Self>) {
         let mut saved: Vec<Saved> = lock(&self.journal).saved().cloned().collect();
+        let gone = |saved: &Saved| saved.role == task::Role::None && saved.pending.is_none();
+        self.sweep_logs(
+            &saved
+                .iter()
+                .filter(|saved| !gone(saved))
+                .map(|saved| saved.vm)
+                .collect(),
+        );
         saved.sort_by_key(|saved| matches!(saved.role, task::Role::Holder | task::Role::None));
         for saved in saved {
             // Of an older boot nothing is left to clear away.
-            if saved.role == task::Role::None && saved.pending.is_none() && saved.boot != self.boot {
+            if gone(&saved) && saved.boot != self.boot {
                 continue;
             }
             let vm = saved.vm;
             let (task, effects) = Task::recover(saved, self.host(), self.boot);
             let runner = self.begin(task, effects);
             lock(&self.vms).insert(vm, runner);
+        }
+    }
+
+    /// Removes the logs of VMs that are not here any more: an agent that was killed may have left them.
+    fn sweep_logs(&self, here: &BTreeSet<VmId>) {
+        let logs = self.config.logs_dir();
+        let found = std::fs::read_dir(&logs).into_iter().flatten().flatten();
+        let left = found.filter(|entry| {
+            let vm = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            vm.is_some_and(|vm: VmId| !here.contains(&vm))
+        });
+        for entry in left {
+            if let Err(error) = runner::remove_logs(&entry.path()) {
+                tracing::warn!(path = %entry.path().display(), %error, "logs of a VM that is gone were not removed");
+            }
         }
     }
 

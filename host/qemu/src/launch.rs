@@ -200,6 +200,19 @@ pub(crate) async fn adopt(run_dir: &Path, vm: VmId) -> Result<Driven, AdoptError
     }
 }
 
+/// The process of `run_dir`, if it lives: whether or not it can be driven.
+///
+/// # Errors
+/// [`AdoptError::Read`] when that cannot be found out.
+pub async fn living(run_dir: &Path, vm: VmId) -> Result<Option<Process>, AdoptError> {
+    match adopt(run_dir, vm).await {
+        Ok(driven) => Ok(Some(driven.held.process)),
+        Err(AdoptError::Deaf { process, .. }) => Ok(Some(process)),
+        Err(AdoptError::Gone) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// The agent was killed between the start and its record: whoever answers on the socket, by one of its threads, is the process.
 async fn adopt_unrecorded(run_dir: &Path, vm: VmId) -> Result<Driven, AdoptError> {
     let read = |source| AdoptError::Read {

@@ -31,7 +31,7 @@ mod vm;
 
 pub use argv::ArgvError;
 pub use capability::{Capabilities, DiscoverError, discover};
-pub use launch::{AdoptError, MonitorError, SpawnError, clear};
+pub use launch::{AdoptError, MonitorError, SpawnError, clear, living};
 pub use probe::{ProbeError, Verdict, probe};
 pub use program::Program;
 pub use vm::{ActError, Handle, Qemu, Vm};

@@ -4,13 +4,16 @@
 //! virtualise. Seen on one of those: the firmware takes 3 s instead of 0.1 s, 64-bit code some 4 us an instruction, and a
 //! distribution's kernel never prints a line.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use model::host::Accelerator;
+use rustix::fs::MemfdFlags;
+use rustix::io::{Errno, FdFlags};
+use rustix::process::Signal;
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
@@ -58,14 +61,9 @@ pub(crate) enum Trial {
 /// Neither accelerator runs a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// The guest's disk cannot be written.
-    #[error("cannot write the probe's disk in {directory}")]
-    Disk {
-        /// Where.
-        directory: String,
-        /// Why.
-        source: io::Error,
-    },
+    /// The guest's disk cannot be made.
+    #[error("no memory for the probe's disk")]
+    Disk(#[source] io::Error),
     /// Both fail.
     #[error("this QEMU runs no guest here: emulated: {emulated}; kvm: {kvm}")]
     Neither {
@@ -78,18 +76,14 @@ pub enum ProbeError {
 
 /// Runs the probe's guest emulated and, if `/dev/kvm` opens, under KVM; takes one to two seconds.
 ///
-/// KVM is chosen only when its guest computes rightly and is not slower. `directory` gets a small file for that time.
+/// KVM is chosen only when its guest computes rightly and is not slower. Nothing is left of it, also when the caller is killed: the
+/// disk is memory, and QEMU ends with the thread that calls.
 ///
 /// # Errors
 /// When neither runs the guest.
-pub async fn probe(program: &Program, directory: &Path) -> Result<Verdict, ProbeError> {
-    let mut disk = tempfile_in(directory)?;
-    disk.write_all(&probe_guest::disk())
-        .map_err(|source| ProbeError::Disk {
-            directory: directory.display().to_string(),
-            source,
-        })?;
-    let emulated = run(program, Accelerator::Tcg, disk.path(), EMULATED_DEADLINE).await;
+pub async fn probe(program: &Program) -> Result<Verdict, ProbeError> {
+    let disk = disk().map_err(ProbeError::Disk)?;
+    let emulated = run(program, Accelerator::Tcg, &disk, EMULATED_DEADLINE).await;
     let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let kvm = match opened {
         Err(error) => Err(error),
@@ -98,7 +92,7 @@ pub async fn probe(program: &Program, directory: &Path) -> Result<Verdict, Probe
                 Trial::Right { took } => took + KVM_GRACE,
                 _ => EMULATED_DEADLINE,
             };
-            Ok(run(program, Accelerator::Kvm, disk.path(), deadline).await)
+            Ok(run(program, Accelerator::Kvm, &disk, deadline).await)
         }
     };
     judge(&emulated, kvm)
@@ -165,9 +159,10 @@ fn seconds(duration: Duration) -> String {
     format!("{:.1} s", duration.as_secs_f64())
 }
 
-async fn run(program: &Program, accelerator: Accelerator, disk: &Path, deadline: Duration) -> Trial {
+async fn run(program: &Program, accelerator: Accelerator, image: &OwnedFd, deadline: Duration) -> Trial {
     let mut command = program.command();
-    let disk = serde_json::json!({"driver": "file", "filename": disk, "node-name": "disk"});
+    let path = format!("/proc/self/fd/{}", image.as_raw_fd());
+    let disk = serde_json::json!({"driver": "file", "filename": path, "node-name": "disk"});
     // What a VM has, too: its machine, its CPU model, a virtio disk.
     let cpu = if accelerator == Accelerator::Kvm {
         "Nehalem"
@@ -191,6 +186,7 @@ async fn run(program: &Program, accelerator: Accelerator, disk: &Path, deadline:
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    end_with_caller(&mut command, image.as_raw_fd());
     let started = Instant::now();
     let finished = tokio::time::timeout(deadline, finish(Command::from(command))).await;
     let took = started.elapsed();
@@ -226,36 +222,32 @@ async fn finish(mut command: Command) -> io::Result<(ExitStatus, String)> {
     Ok((child.wait().await?, String::from_utf8_lossy(&said).trim().to_owned()))
 }
 
-/// A file that is gone when it is dropped, also when the probe is given up half-way.
-struct Scratch {
-    path: std::path::PathBuf,
-    file: std::fs::File,
+/// The guest's disk: a file without a name.
+fn disk() -> io::Result<OwnedFd> {
+    let mut disk = File::from(rustix::fs::memfd_create("probe", MemfdFlags::CLOEXEC)?);
+    disk.write_all(&probe_guest::disk())?;
+    Ok(disk.into())
 }
 
-impl Scratch {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // At worst a megabyte stays until the next probe, which overwrites it.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn tempfile_in(directory: &Path) -> Result<Scratch, ProbeError> {
-    let path = directory.join(format!("probe-{}.img", std::process::id()));
-    let file = std::fs::File::create(&path).map_err(|source| ProbeError::Disk {
-        directory: directory.display().to_string(),
-        source,
-    })?;
-    Ok(Scratch { path, file })
+/// Lets the child end when the thread that starts it does, and gives it the disk.
+///
+/// Without it a QEMU whose guest hangs would outlive an agent that is killed meanwhile, which is just what the deadline is against.
+#[allow(unsafe_code)]
+fn end_with_caller(command: &mut std::process::Command, disk: RawFd) {
+    let caller = rustix::process::getpid();
+    let prepare = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have died before the line above: then no signal comes any more.
+        if rustix::process::getppid() != Some(caller) {
+            return Err(io::Error::from(Errno::SRCH));
+        }
+        // SAFETY: the number is of a descriptor that `run` borrows until the child has been made.
+        let disk = unsafe { std::os::fd::BorrowedFd::borrow_raw(disk) };
+        rustix::io::fcntl_setfd(disk, FdFlags::empty())?;
+        Ok(())
+    };
+    // SAFETY: the closure makes plain system calls; it neither allocates nor takes a lock.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(command, prepare) };
 }
 
 #[cfg(test)]
@@ -321,6 +313,71 @@ mod tests {
             assert_eq!(accelerator, Accelerator::Tcg);
             assert!(reason.contains(words) && reason.ends_with("; using tcg"), "{reason}");
         }
+    }
+
+    /// What the next test runs as a process, to kill it in the middle of a probe; by itself it does nothing.
+    #[tokio::test]
+    async fn a_caller_with_a_guest_that_hangs() {
+        let Ok(program) = std::env::var("GODWIT_TEST_PROGRAM") else {
+            return;
+        };
+        run(
+            &Program::at(program),
+            Accelerator::Tcg,
+            &disk().unwrap(),
+            EMULATED_DEADLINE,
+        )
+        .await;
+    }
+
+    /// What can be read within a generous time: nothing at all is the end of the other side.
+    fn read_in_time(pipe: &mut File) -> String {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        use std::io::Read as _;
+        let within = Timespec { tv_sec: 60, tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&within)).unwrap();
+        assert_eq!(ready, 1, "neither a word nor its end within a minute");
+        let mut word = [0; 32];
+        let count = pipe.read(&mut word).unwrap();
+        String::from_utf8_lossy(&word[..count]).trim().to_owned()
+    }
+
+    #[test]
+    fn a_probe_ends_with_its_caller_however_that_ends() {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let (program, held) = (directory.path().join("qemu"), directory.path().join("held"));
+        let own = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &held, rustix::fs::FileType::Fifo, own, 0).unwrap();
+        let nonblock = libc::O_NONBLOCK;
+        let mut pipe = OpenOptions::new()
+            .read(true)
+            .custom_flags(nonblock)
+            .open(&held)
+            .unwrap();
+        // A program that stands for ever, and holds the pipe open as long as it is there.
+        let text = format!("#!/bin/sh\nexec 9>{}\necho $$ >&9\nkill -STOP $$\n", held.display());
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(&program)
+            .unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        drop(file);
+        let mut caller = std::process::Command::new(std::env::current_exe().unwrap());
+        caller.args(["--exact", "probe::tests::a_caller_with_a_guest_that_hangs"]);
+        let caller = caller.env("GODWIT_TEST_PROGRAM", &program).stdout(Stdio::null());
+        let mut caller = caller.spawn().unwrap();
+        let pid = read_in_time(&mut pipe);
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+        let ended = std::panic::catch_unwind(move || read_in_time(&mut pipe));
+        if ended.is_err() {
+            let left = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+            rustix::process::kill_process(left, Signal::KILL).unwrap();
+        }
+        assert_eq!(ended.unwrap(), "", "process {pid} outlived its caller");
     }
 
     #[test]

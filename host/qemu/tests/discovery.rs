@@ -55,8 +55,7 @@ async fn what_is_no_qemu_is_told_from_one() {
 /// Whether this host's KVM can be believed is not known here; what is known is that one of the two runs the guest rightly.
 #[tokio::test]
 async fn the_probe_runs_its_guest_and_chooses() {
-    let directory = tempfile::tempdir().unwrap();
-    let verdict = probe(&program(), directory.path()).await.unwrap();
+    let verdict = probe(&program()).await.unwrap();
     println!("{}", verdict.reason);
     assert!(verdict.reason.starts_with("kvm: "), "{}", verdict.reason);
     if !Path::new("/dev/kvm").exists() {
@@ -66,5 +65,4 @@ async fn the_probe_runs_its_guest_and_chooses() {
         verdict.accelerator == Accelerator::Tcg,
         verdict.reason.ends_with("using tcg")
     );
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing stays");
 }

@@ -30,6 +30,9 @@ pub struct JoinRequest {
 pub struct JoinResponse {
     /// Its id from now on.
     pub host: HostId,
+    /// Its name from now on: another than it wished for where that was taken. `None` from controllers that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
     /// Its certificate, PEM.
     pub certificate_pem: String,
     /// The cluster's authority, PEM.

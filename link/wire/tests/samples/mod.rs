@@ -423,6 +423,7 @@ pub(crate) fn join_request() -> JoinRequest {
 /// The answer to [`join_request`].
 pub(crate) fn join_response() -> JoinResponse {
     JoinResponse {
+        name: None,
         host: id(3),
         certificate_pem: "-----BEGIN CERTIFICATE-----\n".into(),
         ca_pem: "-----BEGIN CERTIFICATE-----\n".into(),
