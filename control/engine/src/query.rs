@@ -24,6 +24,7 @@ impl World {
     ///
     /// # Errors
     /// When a thing is not there, or a page's limit is out of bounds.
+    // tidy: long because it is the list of all queries.
     pub fn query(&self, actor: &Actor, query: &Query, _now: Timestamp) -> Result<View, Box<Refusal>> {
         let project = actor.project;
         if actor.role < query.needs() {
