@@ -22,6 +22,7 @@ mod join;
 mod journal;
 mod leave;
 mod peers;
+mod ports;
 mod reports;
 mod room;
 mod runner;

@@ -10,7 +10,6 @@ use std::{
     collections::{BTreeMap, VecDeque},
     io,
     net::SocketAddr,
-    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -19,24 +18,25 @@ use std::{
     time::Duration,
 };
 
-use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
+use driver::{Action, Happened, Launch, Mode};
 use image::{Base, VolumeRequest};
 use model::{
-    Code, Definition, Message, Refusal, Report, VmId,
+    Code, Definition, Message, PortId, Refusal, Report, VmId,
     order::{Relay, VolumePlace},
     template::Boot,
 };
-use network::Announcement;
+use network::Port;
+use qemu::{Given, GivenKernel, GivenVolume, Pinned};
 use task::{Effect, Input, Missed, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     console::Serial,
     journal,
+    ports::{self, Found, Ports},
     shared::{Shared, Shown, lock},
     standstill::{Move, Standstill},
     template::{chain, fetch_blob, named},
-    tunnel,
     tunnels::Tunnel,
 };
 
@@ -52,10 +52,19 @@ const UID_MASK: u32 = 0x0fff_ffff;
 pub(crate) enum Fed {
     /// An input of its task.
     Input(Input),
-    /// A preparation is done: with it come the taps.
-    Prepared(Result<(Box<Launch>, Vec<OwnedFd>), Refusal>),
+    /// A preparation is done.
+    Prepared(Result<Prepared, Refusal>),
+    /// Ports were looked for.
+    Ports(Found),
     /// A process was started or found again, or neither.
     Started(Result<qemu::Vm, String>),
+}
+
+/// What the hypervisor needs to start, as it is on this host.
+pub(crate) struct Prepared {
+    launch: Box<Launch>,
+    given: Given,
+    ports: Vec<Port>,
 }
 
 /// The user id that a VM's process runs as.
@@ -82,7 +91,8 @@ pub(crate) fn start(
         back,
         shown,
         machine: None,
-        taps: vec![],
+        given: None,
+        ports: Ports::default(),
         tunnel: None,
         standstill: Standstill::default(),
         timers: BTreeMap::new(),
@@ -101,7 +111,9 @@ struct Runner {
     back: mpsc::Sender<Fed>,
     shown: Arc<Shown>,
     machine: Option<qemu::Vm>,
-    taps: Vec<OwnedFd>,
+    /// What a process that is about to start gets.
+    given: Option<Given>,
+    ports: Ports,
     tunnel: Option<Tunnel>,
     standstill: Standstill,
     timers: BTreeMap<Timer, Instant>,
@@ -129,6 +141,11 @@ impl Runner {
                 // Without a word of its death it may live: a guest must not run on with nobody to hear it.
                 event = next_of(&mut self.machine) => Fed::Input(event.map_or(Input::Lost, Input::Driver)),
                 Some(fed) = queue.recv() => fed,
+                () = until(self.ports.again_at()) => {
+                    let missing = self.ports.missing();
+                    self.look_for_ports(missing);
+                    continue;
+                }
                 () = until(next.map(|(_, at)| at)) => match next {
                     Some((timer, _)) => {
                         self.timers.remove(&timer);
@@ -152,10 +169,13 @@ impl Runner {
     async fn take(&mut self, fed: Fed) {
         let input = match fed {
             Fed::Input(input) => input,
-            Fed::Prepared(Ok((launch, taps))) => {
-                self.taps = taps;
-                Input::Prepared(Ok(launch))
+            Fed::Prepared(Ok(prepared)) => {
+                self.given = Some(prepared.given);
+                self.ports.forget();
+                self.ports.know(prepared.ports);
+                Input::Prepared(Ok(prepared.launch))
             }
+            Fed::Ports(found) => return self.ports.found(&self.shared.network, self.vm, found),
             Fed::Prepared(Err(reason)) => Input::Prepared(Err(reason)),
             // The first thing that it tells is how it is.
             Fed::Started(Ok(machine)) => return self.got(machine),
@@ -164,6 +184,7 @@ impl Runner {
         match input {
             Input::Driver(Happened::Died { .. } | Happened::NotUp { .. }) => {
                 self.machine = None;
+                self.ports.close();
                 *lock(&self.shown.serial) = None;
             }
             Input::Lost => {
@@ -199,6 +220,9 @@ impl Runner {
             Effect::Act(action) => {
                 if matches!(action, Action::Stand | Action::Copy(_)) {
                     self.standstill.asked();
+                }
+                if matches!(action, Action::Kill) {
+                    self.ports.close();
                 }
                 self.act(action);
             }
@@ -238,10 +262,10 @@ impl Runner {
     }
 
     fn spawn(&mut self, launch: Box<Launch>) {
-        let taps = std::mem::take(&mut self.taps);
+        let given = self.given.take().unwrap_or_default();
         let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
         tokio::spawn(async move {
-            let started = shared.qemu.spawn(*launch, taps).await.map_err(|error| chain(&error));
+            let started = shared.qemu.spawn(*launch, given).await.map_err(|error| chain(&error));
             let _ = back.send(Fed::Started(started)).await;
         });
     }
@@ -262,6 +286,13 @@ impl Runner {
 
     fn got(&mut self, machine: qemu::Vm) {
         self.machine = Some(machine);
+        if let Some(definition) = &self.task.saved().definition {
+            // Of a process that was found again: now, so that it is not done when they are to be opened.
+            let unknown = self.ports.unknown(&definition.ports);
+            if !unknown.is_empty() {
+                self.look_for_ports(unknown);
+            }
+        }
         let socket = self.shared.config.vm_run_dir(self.vm).join(driver::SERIAL_SOCKET);
         *lock(&self.shown.serial) = Some(Serial::open(socket, self.shared.config.vm_log_dir(self.vm)));
     }
@@ -291,31 +322,27 @@ impl Runner {
         }
     }
 
-    fn open_ports(&self) {
-        let Some(definition) = &self.task.saved().definition else {
-            return;
-        };
-        for port in &definition.ports {
-            let announcement = Announcement::new(port.mac, &[port.ip.into()]);
-            let opened = match self.shared.network.find_port(port.port) {
-                Ok(Some(found)) => self
-                    .shared
-                    .network
-                    .open_port(&found.port, &announcement)
-                    .map_err(|e| chain(&e)),
-                Ok(None) => Err("its tap is gone".to_owned()),
-                Err(error) => Err(chain(&error)),
-            };
-            if let Err(why) = opened {
-                tracing::error!(vm = %self.vm, port = %port.port, why, "the port was not opened");
-            }
+    fn open_ports(&mut self) {
+        if let Some(definition) = &self.task.saved().definition {
+            self.ports.open(&self.shared.network, self.vm, &definition.ports);
         }
+    }
+
+    /// Aside: the kernel may take its time to tell.
+    fn look_for_ports(&self, ports: Vec<PortId>) {
+        let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
+        tokio::task::spawn_blocking(move || {
+            let found = ports::look_for(&shared.network, ports);
+            // The runner outlives its work.
+            let _ = back.blocking_send(Fed::Ports(found));
+        });
     }
 
     /// Removes what is left of the VM here, but for its disks. The definition may be gone from the task by now, so taps vanish with
     /// their process, and those of a VM that never had one here.
     fn clear(&mut self) {
-        self.taps.clear();
+        self.given = None;
+        self.ports.forget();
         self.tunnel = None;
         self.standstill.forget();
         *lock(&self.shown.serial) = None;
@@ -396,6 +423,10 @@ impl Runner {
     }
 
     fn say(&mut self, word: Peer) {
+        if word.message == Message::Release {
+            // From here on it is the destination that announces the guest, unless it comes back.
+            self.ports.close();
+        }
         match &mut self.said {
             (Some(message), times) if *message == word.message => *times += 1,
             said => *said = (Some(word.message), 1),
@@ -446,9 +477,10 @@ async fn adopt(shared: &Shared, vm: VmId, end_deaf: &AtomicBool) -> Result<qemu:
                 tracing::warn!(%vm, error = &error as &dyn std::error::Error, "the VM's process does not answer yet");
                 if let qemu::AdoptError::Deaf { process, .. } = &error
                     && end_deaf.load(Ordering::Acquire)
-                    && let Err(error) = tunnel::adopt(process.pid, process.start_ticks).and_then(|found| found.kill())
+                    && let Err(error) =
+                        Pinned::find(*process).and_then(|found| found.map_or(Ok(()), |found| found.kill()))
                 {
-                    tracing::warn!(%vm, error = &error as &dyn std::error::Error, "the VM's process was not ended");
+                    tracing::warn!(%vm, %error, "the VM's process was not ended");
                 }
                 tokio::time::sleep(ADOPT_AGAIN).await;
             }
@@ -464,11 +496,7 @@ async fn until(at: Option<Instant>) {
 }
 
 /// Fetches blobs that are missing, makes or finds volumes, makes the taps.
-async fn prepare(
-    shared: &Arc<Shared>,
-    definition: Box<Definition>,
-    mode: Mode,
-) -> Result<(Box<Launch>, Vec<OwnedFd>), Refusal> {
+async fn prepare(shared: &Arc<Shared>, definition: Box<Definition>, mode: Mode) -> Result<Prepared, Refusal> {
     let home = named(shared, definition.pool)?;
     if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
         fetch_blob(shared, &home, *kernel).await?;
@@ -481,15 +509,21 @@ async fn prepare(
         .map_err(|_| Refusal::new(Code::HostFailed, format!("VM {vm}: preparing it broke off")))?
 }
 
-fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Box<Launch>, Vec<OwnedFd>), Refusal> {
+fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Prepared, Refusal> {
     let vm = definition.vm;
     let uid = uid_of(vm);
     let failed = |what: &str, why: String| Refusal::new(Code::HostFailed, format!("VM {vm}: {what}: {why}"));
     let home = named(shared, definition.pool)?;
-    let mut files = Files::default();
+    let mut given = Given::default();
     if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
-        files.kernel = Some(home.pool.blob_path(kernel.digest));
-        files.initrd = Some(home.pool.blob_path(initrd.digest));
+        let open = |digest| {
+            let blob = home.pool.open_blob(digest);
+            blob.map_err(|error| failed("its kernel cannot be opened", chain(&error)))
+        };
+        given.boot = Some(GivenKernel {
+            kernel: open(kernel.digest)?.into(),
+            initrd: open(initrd.digest)?.into(),
+        });
     }
     for volume in &definition.volumes {
         let place = volume.place;
@@ -514,32 +548,37 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<(Bo
             let seen = pool.pool.volume_usage(place.volume, place.format);
             seen.map_err(|error| failed("its disk is not reachable from here", chain(&error)))?;
         }
-        files.volumes.push(VolumeFile {
-            path: pool.pool.volume_path(place.volume, place.format),
-            base: base.map(|base| pool.pool.blob_path(base.digest)),
+        let open = pool.pool.open_volume(place.volume, place.format);
+        let open = open.map_err(|error| failed("its disk cannot be opened", chain(&error)))?;
+        let base = base.map(|base| pool.pool.open_blob(base.digest)).transpose();
+        let base = base.map_err(|error| failed("its disk's base cannot be opened", chain(&error)))?;
+        given.volumes.push(GivenVolume {
+            write: open.write,
+            read: open.read,
+            base: base.map(Into::into),
         });
     }
-    let mut taps = vec![];
+    let mut ports = vec![];
     for port in &definition.ports {
         let remove = shared.network.remove(port.port);
         remove.map_err(|error| failed("a tap of old could not be removed", chain(&error)))?;
         let tap = shared.network.create_tap(port.port, &shared.bridge);
-        taps.push(
-            tap.map_err(|error| failed("its network port was not made", chain(&error)))?
-                .fd,
-        );
+        let tap = tap.map_err(|error| failed("its network port was not made", chain(&error)))?;
+        given.taps.push(tap.fd);
+        ports.push(tap.port);
     }
     let run_dir = shared.config.vm_run_dir(vm);
-    Ok((
-        Box::new(Launch {
-            definition: *definition,
-            mode,
-            files,
-            run_dir,
-            uid,
-        }),
-        taps,
-    ))
+    let launch = Launch {
+        definition: *definition,
+        mode,
+        run_dir,
+        uid,
+    };
+    Ok(Prepared {
+        launch: Box::new(launch),
+        given,
+        ports,
+    })
 }
 
 fn delete_volumes(shared: &Shared, volumes: &[VolumePlace]) -> Result<(), Refusal> {

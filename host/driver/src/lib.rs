@@ -18,15 +18,13 @@ use std::path::PathBuf;
 use model::{Definition, Millis, Round};
 use serde::{Deserialize, Serialize};
 
-/// What is needed to start a hypervisor's process for a VM.
+/// What is needed to start a hypervisor's process for a VM, besides its open files: those are no data, and are the driver's own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
     /// The VM, with its exact hardware.
     pub definition: Definition,
     /// How it begins.
     pub mode: Mode,
-    /// Where its files are on this host.
-    pub files: Files,
     /// A directory of its own for sockets, 0700.
     pub run_dir: PathBuf,
     /// The user and group it runs as; no other process has them.
@@ -42,26 +40,6 @@ pub enum Mode {
     /// With no state of its own, waiting for a migration ([`Action::Listen`]); it stands until [`Action::Run`] also when the state
     /// has come.
     Wait,
-}
-
-/// Where a VM's files are on this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Files {
-    /// The kernel, for a direct boot.
-    pub kernel: Option<PathBuf>,
-    /// The initial RAM disk, for a direct boot.
-    pub initrd: Option<PathBuf>,
-    /// Its volumes and their bases, in the order of the definition.
-    pub volumes: Vec<VolumeFile>,
-}
-
-/// A volume's file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VolumeFile {
-    /// The volume.
-    pub path: PathBuf,
-    /// The blob it is an overlay of, opened read-only.
-    pub base: Option<PathBuf>,
 }
 
 /// A hypervisor's process: enough to find it again, and to tell it from a later one with the same pid.

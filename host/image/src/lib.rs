@@ -31,4 +31,4 @@ mod volume;
 pub use import::{ImportError, ImportLimits, Imported};
 pub use pool::{Capacity, Incoming, Pool, PoolError, ReceiveError};
 pub use vet::{ImageInfo, Refusal, VIRTUAL_BYTES_MAX, vet};
-pub use volume::{Base, VolumeError, VolumeRequest, VolumeUsage};
+pub use volume::{Base, OpenVolume, VolumeError, VolumeRequest, VolumeUsage};

@@ -136,7 +136,7 @@ impl Pool {
         &self.path
     }
 
-    /// Where the blob is, for QEMU; it may be absent.
+    /// Where the blob is; it may be absent. Who opens it by this follows links: see [`Pool::open_blob`].
     pub fn blob_path(&self, digest: Digest) -> PathBuf {
         self.path.join(blob_name(digest))
     }
@@ -158,7 +158,9 @@ impl Pool {
     /// # Errors
     /// See [`PoolError`]; an absent blob too.
     pub fn open_blob(&self, digest: Digest) -> Result<File, PoolError> {
-        self.open_beneath(&blob_name(digest), OFlags::RDONLY).map(File::from)
+        let name = blob_name(digest);
+        let file = self.open_beneath(&name, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        self.regular(&name, file).map(File::from)
     }
 
     /// Reads the whole blob again: whether its bytes still are those of its name.
@@ -244,6 +246,22 @@ impl Pool {
     /// Opens a name of ours beneath the root; new files are 0600.
     pub(crate) fn open_beneath(&self, name: &str, flags: OFlags) -> Result<OwnedFd, PoolError> {
         open_beneath(self.root.as_fd(), name, flags).map_err(|e| self.error("open", name, e))
+    }
+
+    /// What was opened, if it is a file: neither a pipe, which nobody may ever write to, nor a device.
+    pub(crate) fn regular(&self, name: &str, file: OwnedFd) -> Result<OwnedFd, PoolError> {
+        let data = fs::fstat(&file).map_err(|e| self.error("read", name, e))?;
+        if !fs::FileType::from_raw_mode(data.st_mode).is_file() {
+            return Err(PoolError {
+                doing: "use",
+                path: self.path.join(name),
+                source: io::Error::other("it is no regular file; another host of the pool may have put it there"),
+            });
+        }
+        // It was opened without waiting; whoever gets it may wait.
+        let flags = fs::fcntl_getfl(&file).map_err(|e| self.error("read", name, e))?;
+        fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| self.error("read", name, e))?;
+        Ok(file)
     }
 
     /// As [`Pool::open_beneath`] for reading; `None` when there is no such file.

@@ -6,9 +6,11 @@ use crate::qcow2;
 use crate::vet::{Refusal, VIRTUAL_BYTES_MAX};
 use model::VolumeId;
 use model::storage::{Digest, Format};
-use rustix::fs::{self, Mode};
+use rustix::fs::{self, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -41,6 +43,15 @@ pub struct VolumeRequest {
     pub size_bytes: u64,
     /// The blob under it; `None` is blank.
     pub base: Option<Base>,
+}
+
+/// A volume's descriptors.
+#[derive(Debug)]
+pub struct OpenVolume {
+    /// To read and write.
+    pub write: OwnedFd,
+    /// To read alone.
+    pub read: OwnedFd,
 }
 
 /// How large a volume is.
@@ -101,6 +112,17 @@ pub enum VolumeError {
         /// How it differs.
         found: String,
     },
+    /// It cannot be read past the host's cache.
+    #[error(
+        "volume {id} cannot be opened without the host's cache: the file system of pool {pool} has no O_DIRECT, and a VM on it could not \
+         be moved safely; use another file system"
+    )]
+    NoDirect {
+        /// Its id.
+        id: VolumeId,
+        /// The pool's directory.
+        pool: PathBuf,
+    },
     /// The volume is not there.
     #[error("volume {id} is not in pool {pool}")]
     Absent {
@@ -133,7 +155,7 @@ pub enum VolumeError {
 }
 
 impl Pool {
-    /// Where the volume is, for QEMU; it may be absent.
+    /// Where the volume is; it may be absent. For people and for tests: who opens it by this follows links.
     pub fn volume_path(&self, id: VolumeId, format: Format) -> PathBuf {
         self.path().join(volume_name(id, format))
     }
@@ -225,6 +247,30 @@ impl Pool {
         let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
         fs::fchown(&file, Some(user), Some(group)).map_err(|e| self.error("change the owner of", &name, e))?;
         Ok(())
+    }
+
+    /// Opens a volume as its VM's QEMU gets it: past the host's cache, since another host reads it after a move. Whatever lies under its
+    /// name but a file of our own is refused: on a shared pool another host can put a link there at any time.
+    ///
+    /// # Errors
+    /// See [`VolumeError`].
+    pub fn open_volume(&self, id: VolumeId, format: Format) -> Result<OpenVolume, VolumeError> {
+        let name = volume_name(id, format);
+        let open = |flags: OFlags| match self.open_beneath(&name, flags | OFlags::DIRECT | OFlags::NONBLOCK) {
+            Err(error) if error.source.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                let pool = self.path().into();
+                Err(VolumeError::NoDirect { id, pool })
+            }
+            Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => {
+                let pool = self.path().into();
+                Err(VolumeError::Absent { id, pool })
+            }
+            other => Ok(self.regular(&name, other?)?),
+        };
+        Ok(OpenVolume {
+            write: open(OFlags::RDWR)?,
+            read: open(OFlags::RDONLY)?,
+        })
     }
 
     fn volume_file(&self, id: VolumeId, format: Format) -> Result<File, VolumeError> {

@@ -325,3 +325,35 @@ fn a_volume_is_private_to_its_user_and_made_and_deleted_at_most_once() {
     assert!(pool.capacity().unwrap().free_bytes > 0);
     assert_eq!(files(root.path()), [""; 0]);
 }
+
+#[test]
+fn what_another_host_put_in_a_volumes_or_a_blobs_place_is_not_opened() {
+    let root = tempfile::tempdir().unwrap();
+    let pool = Pool::open(root.path()).unwrap();
+    let request = VolumeRequest {
+        id: id(5),
+        format: Format::Raw,
+        size_bytes: 4 * MIB,
+        base: None,
+    };
+    pool.create_volume(&request).unwrap();
+    let opened = pool.open_volume(id(5), Format::Raw).unwrap();
+    let flags = |file| rustix::fs::fcntl_getfl(file).unwrap();
+    assert!(flags(&opened.write).contains(rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT));
+    assert!(!flags(&opened.read).intersects(rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK));
+    assert!(matches!(
+        pool.open_volume(id(6), Format::Raw),
+        Err(VolumeError::Absent { .. })
+    ));
+    let digest = Digest([9; 32]);
+    for place in [pool.volume_path(id(5), Format::Raw), pool.blob_path(digest)] {
+        let _ = std::fs::remove_file(&place);
+        let refused = || pool.open_volume(id(5), Format::Raw).is_err() && pool.open_blob(digest).is_err();
+        std::os::unix::fs::symlink("/etc/passwd", &place).unwrap();
+        assert!(refused(), "a link");
+        std::fs::remove_file(&place).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &place, fifo, 0o666.into(), 0).unwrap();
+        assert!(refused(), "a pipe, which would be waited for");
+    }
+}

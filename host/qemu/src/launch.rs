@@ -15,7 +15,7 @@ use model::host::Accelerator;
 use qmp::{CommandError, ConnectError, Events, Limits, Session};
 
 use crate::argv::{ArgvError, Descriptors, DiskDescriptors, argv};
-use crate::process::{Held, Identity, hold, process_of_thread, start};
+use crate::process::{Held, Identity, Pinned, hold, process_of_thread, start};
 use crate::program::Program;
 
 /// The socket within [`Launch::run_dir`] of QEMU's monitor.
@@ -52,14 +52,6 @@ pub enum SpawnError {
         given: usize,
         /// How many there should be.
         wanted: usize,
-    },
-    /// A file cannot be opened.
-    #[error("cannot open {path}{hint}", hint = direct_hint(source))]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
     },
     /// The directory for the sockets cannot be made.
     #[error("cannot prepare {path}")]
@@ -128,12 +120,35 @@ pub enum MonitorError {
     Other(String),
 }
 
-fn direct_hint(source: &io::Error) -> &'static str {
-    if source.kind() == io::ErrorKind::InvalidInput {
-        " without the host's cache (its file system has no O_DIRECT, and a VM on it could not be moved safely)"
-    } else {
-        ""
-    }
+/// What a VM's process gets as open descriptors.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// Its network cards' taps, in the order of the definition's ports.
+    pub taps: Vec<OwnedFd>,
+    /// Its volumes, in the order of the definition.
+    pub volumes: Vec<GivenVolume>,
+    /// For a direct boot.
+    pub boot: Option<GivenKernel>,
+}
+
+/// A volume's open files.
+#[derive(Debug)]
+pub struct GivenVolume {
+    /// To read and write, past the host's cache (`O_DIRECT`): another host reads it after a move.
+    pub write: OwnedFd,
+    /// To read alone, likewise: QEMU opens it so at first.
+    pub read: OwnedFd,
+    /// The blob it is an overlay of, to read.
+    pub base: Option<OwnedFd>,
+}
+
+/// A kernel and its initial RAM disk, to read.
+#[derive(Debug)]
+pub struct GivenKernel {
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// The initial RAM disk.
+    pub initrd: OwnedFd,
 }
 
 /// A process and its monitor.
@@ -148,13 +163,12 @@ pub(crate) async fn launch(
     program: &Program,
     sandbox: bool,
     launch: Launch,
-    taps: Vec<OwnedFd>,
+    given: Given,
 ) -> Result<Driven, SpawnError> {
     let run_dir = launch.run_dir.clone();
     let vm = launch.definition.vm;
     let program = program.clone();
-    // Files may lie on a network: opening them can take its time.
-    let started = tokio::task::spawn_blocking(move || start_process(&program, sandbox, &launch, taps)).await;
+    let started = tokio::task::spawn_blocking(move || start_process(&program, sandbox, &launch, given)).await;
     let held = started.map_err(|error| SpawnError::Directory {
         path: run_dir.clone(),
         source: io::Error::other(error),
@@ -162,18 +176,13 @@ pub(crate) async fn launch(
     match attach(&run_dir, vm, GREETING).await {
         Ok((session, events)) => Ok(Driven { held, session, events }),
         Err(error) => {
-            let ended = wait_end(&held, ENDING).await;
-            // Only now, so that what QEMU says of itself is not lost.
-            let killed = held.kill();
-            let gone = ended || (killed.is_ok() && wait_end(&held, ENDING).await);
-            tracing::warn!(pid = held.process.pid, gone, "a QEMU that did not come up was ended");
-            Err(if ended {
-                SpawnError::Ended {
-                    obituary: held.obituary(),
-                }
-            } else {
-                SpawnError::Monitor(error)
-            })
+            // First this, so that what QEMU says of itself is not lost.
+            if wait_end(&held.pinned, ENDING).await {
+                let obituary = held.obituary();
+                return Err(SpawnError::Ended { obituary });
+            }
+            end(&held.pinned).await;
+            Err(SpawnError::Monitor(error))
         }
     }
 }
@@ -195,7 +204,7 @@ pub(crate) async fn adopt(run_dir: &Path, vm: VmId) -> Result<Driven, AdoptError
     let held = hold(process).map_err(read)?.ok_or(AdoptError::Gone)?;
     match attach(run_dir, vm, COMMAND).await {
         Ok((session, events)) => Ok(Driven { held, session, events }),
-        Err(_) if wait_end(&held, Duration::ZERO).await => Err(AdoptError::Gone),
+        Err(_) if wait_end(&held.pinned, Duration::ZERO).await => Err(AdoptError::Gone),
         Err(source) => Err(AdoptError::Deaf { process, source }),
     }
 }
@@ -206,7 +215,7 @@ pub(crate) async fn adopt(run_dir: &Path, vm: VmId) -> Result<Driven, AdoptError
 /// [`AdoptError::Read`] when that cannot be found out.
 pub async fn living(run_dir: &Path, vm: VmId) -> Result<Option<Process>, AdoptError> {
     match adopt(run_dir, vm).await {
-        Ok(driven) => Ok(Some(driven.held.process)),
+        Ok(driven) => Ok(Some(driven.held.pinned.process())),
         Err(AdoptError::Deaf { process, .. }) => Ok(Some(process)),
         Err(AdoptError::Gone) => Ok(None),
         Err(error) => Err(error),
@@ -274,15 +283,36 @@ pub fn clear(run_dir: &Path) -> io::Result<()> {
     }
 }
 
+/// Ends a QEMU that did not come up. Its zombie goes when it is dead, however long that takes.
+async fn end(process: &Pinned) {
+    let killed = process.kill();
+    let gone = killed.is_ok() && wait_end(process, ENDING).await;
+    tracing::warn!(
+        pid = process.process().pid,
+        gone,
+        "a QEMU that did not come up was ended"
+    );
+    if gone {
+        process.reap();
+    } else if let Ok(death) = process.watch() {
+        let process = process.clone();
+        tokio::spawn(async move {
+            if death.readable().await.is_ok() {
+                process.reap();
+            }
+        });
+    }
+}
+
 /// True when the process is dead within `deadline`.
-async fn wait_end(held: &Held, deadline: Duration) -> bool {
-    let Ok(pidfd) = held.watch() else {
+async fn wait_end(process: &Pinned, deadline: Duration) -> bool {
+    let Ok(pidfd) = process.watch() else {
         return false;
     };
     tokio::time::timeout(deadline, pidfd.readable()).await.is_ok()
 }
 
-fn start_process(program: &Program, sandbox: bool, launch: &Launch, taps: Vec<OwnedFd>) -> Result<Held, SpawnError> {
+fn start_process(program: &Program, sandbox: bool, launch: &Launch, given: Given) -> Result<Held, SpawnError> {
     let definition = &launch.definition;
     let count = |what, given: usize, wanted: usize| {
         if given == wanted {
@@ -291,32 +321,11 @@ fn start_process(program: &Program, sandbox: bool, launch: &Launch, taps: Vec<Ow
             Err(SpawnError::Count { what, given, wanted })
         }
     };
-    count("volumes", launch.files.volumes.len(), definition.volumes.len())?;
-    count("taps", taps.len(), definition.ports.len())?;
+    count("volumes", given.volumes.len(), definition.volumes.len())?;
+    count("taps", given.taps.len(), definition.ports.len())?;
 
     let mut inherited = Inherited::default();
-    let mut descriptors = Descriptors::default();
-    for volume in &launch.files.volumes {
-        let write = inherited.file(
-            &volume.path,
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT),
-        )?;
-        let read = inherited.file(&volume.path, OpenOptions::new().read(true).custom_flags(libc::O_DIRECT))?;
-        let base = volume
-            .base
-            .as_ref()
-            .map(|base| inherited.file(base, OpenOptions::new().read(true)))
-            .transpose()?;
-        descriptors.disks.push(DiskDescriptors {
-            volume: [write, read],
-            base,
-        });
-    }
-    if let (Some(kernel), Some(initrd)) = (&launch.files.kernel, &launch.files.initrd) {
-        let read = |inherited: &mut Inherited, path| inherited.file(path, OpenOptions::new().read(true));
-        descriptors.boot = Some((read(&mut inherited, kernel)?, read(&mut inherited, initrd)?));
-    }
-    descriptors.taps = taps.into_iter().map(|tap| inherited.push(tap)).collect();
+    let mut descriptors = inherit(given, &mut inherited);
     let listen = |inherited: &mut Inherited, name| {
         let listener = run_directory(&launch.run_dir).and_then(|()| listen_in(&launch.run_dir, name));
         let path = launch.run_dir.join(name);
@@ -342,15 +351,49 @@ fn start_process(program: &Program, sandbox: bool, launch: &Launch, taps: Vec<Ow
         uid: launch.uid,
         source,
     })?;
-    if let Err(source) = record(&launch.run_dir, held.process) {
+    if let Err(source) = record(&launch.run_dir, held.pinned.process()) {
         // Without its record nobody would find it again: it must not stay.
-        let _ = held.kill();
+        end_now(&held.pinned);
         return Err(SpawnError::Directory {
             path: launch.run_dir.join(PROCESS_FILE),
             source,
         });
     }
     Ok(held)
+}
+
+/// Ends a process that was just started and waits for its end, as long as that may take here.
+fn end_now(process: &Pinned) {
+    let deadline = rustix::event::Timespec {
+        tv_sec: ENDING.as_secs().cast_signed(),
+        tv_nsec: 0,
+    };
+    let mut death = [rustix::event::PollFd::new(process, rustix::event::PollFlags::IN)];
+    // A process that may not be ended, or does not die, is left to whoever reads this.
+    let ended = process.kill().is_ok() && rustix::event::poll(&mut death, Some(&deadline)).is_ok_and(|ready| ready > 0);
+    if !ended {
+        tracing::error!(
+            pid = process.process().pid,
+            "a QEMU without a record was not ended; end it by hand"
+        );
+    }
+    process.reap();
+}
+
+/// Gives the child what it was given, by number.
+fn inherit(given: Given, inherited: &mut Inherited) -> Descriptors {
+    let disks = given.volumes.into_iter().map(|volume| DiskDescriptors {
+        volume: [inherited.push(volume.write), inherited.push(volume.read)],
+        base: volume.base.map(|base| inherited.push(base)),
+    });
+    let disks = disks.collect();
+    let boot = given.boot;
+    Descriptors {
+        disks,
+        boot: boot.map(|boot| (inherited.push(boot.kernel), inherited.push(boot.initrd))),
+        taps: given.taps.into_iter().map(|tap| inherited.push(tap)).collect(),
+        ..Descriptors::default()
+    }
 }
 
 /// Descriptors for the child. Each is closed on exec; the child alone undoes that for itself.
@@ -362,14 +405,6 @@ impl Inherited {
         let number = fd.as_raw_fd();
         self.0.push(fd);
         number
-    }
-
-    fn file(&mut self, path: &Path, options: &OpenOptions) -> Result<RawFd, SpawnError> {
-        let file = options.open(path).map_err(|source| SpawnError::File {
-            path: path.to_owned(),
-            source,
-        })?;
-        Ok(self.push(file.into()))
     }
 }
 
@@ -419,5 +454,32 @@ fn kvm_group(accelerator: Accelerator) -> Option<u32> {
     match accelerator {
         Accelerator::Kvm => std::fs::metadata("/dev/kvm").ok().map(|device| device.gid()),
         Accelerator::Tcg => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process that goes on for longer than any test, as our child.
+    fn lasting() -> Pinned {
+        let child = std::process::Command::new("sleep").arg("1000").spawn();
+        Pinned::child(child.expect("coreutils are there")).expect("it is held")
+    }
+
+    fn is_there(process: &Pinned) -> bool {
+        // A zombie is there too.
+        Path::new(&format!("/proc/{}", process.process().pid)).exists()
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_does_not_come_up_leaves_no_zombie() {
+        let process = lasting();
+        end(&process).await;
+        assert!(!is_there(&process));
+        assert!(Pinned::find(process.process()).expect("the kernel tells").is_none());
+        let process = lasting();
+        end_now(&process);
+        assert!(!is_there(&process));
     }
 }

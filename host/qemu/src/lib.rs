@@ -15,6 +15,7 @@
 //! - What the guest sees follows from the stored layout alone, so that both ends of a migration build the same machine.
 //! - QEMU runs as its own user, without privileges, sandboxed, in a directory that it cannot enter: sockets, disks, taps, kernel
 //!   and migration streams reach it as descriptors. No port is opened, no shell is started, no path of a guest is trusted.
+//! - Its files are opened by whoever knows that they are the right ones ([`Given`]): no path is opened here.
 //! - The process outlives the agent. A pidfd, checked against the start time, is what is waited on and killed: never a bare pid.
 //! - The driver decides nothing. It tells `settled: false` when QEMU stopped the guest by itself and may yet resume it.
 
@@ -31,7 +32,8 @@ mod vm;
 
 pub use argv::ArgvError;
 pub use capability::{Capabilities, DiscoverError, discover};
-pub use launch::{AdoptError, MonitorError, SpawnError, clear, living};
+pub use launch::{AdoptError, Given, GivenKernel, GivenVolume, MonitorError, SpawnError, clear, living};
 pub use probe::{ProbeError, Verdict, probe};
+pub use process::Pinned;
 pub use program::Program;
 pub use vm::{ActError, Handle, Qemu, Vm};

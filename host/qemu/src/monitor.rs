@@ -107,7 +107,7 @@ impl Monitor {
 
     /// Until the process is dead, or the agent lets go of it.
     pub(crate) async fn run(mut self) {
-        let exit = match self.held.watch() {
+        let exit = match self.held.pinned.watch() {
             Ok(exit) => exit,
             Err(error) => return tracing::error!(%error, "cannot watch QEMU's process"),
         };
@@ -187,7 +187,12 @@ impl Monitor {
             Action::Stand => self.stand().await,
             Action::PowerButton => self.ask(qmp::SystemPowerdown {}).await.map(|_| Ok(())),
             Action::Reset => self.reset().await,
-            Action::Kill => self.held.kill().map(|()| Ok(())).map_err(|error| error.to_string()),
+            Action::Kill => self
+                .held
+                .pinned
+                .kill()
+                .map(|()| Ok(()))
+                .map_err(|error| error.to_string()),
             Action::Listen => self.listen().await,
             Action::Copy(limits) => Ok(self.start_copy(limits).await),
             Action::Attend => self.attend().await,

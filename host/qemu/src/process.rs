@@ -1,17 +1,18 @@
-//! A QEMU's process as the host sees it: started to outlive the agent, found again, ended, and its last words.
+//! Processes as the host sees them: held by more than a pid, found again, ended; and a QEMU's, started to outlive the agent, with its
+//! last words.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::Arc;
 
 use driver::Process;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::{Errno, FdFlags};
-use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -29,11 +30,17 @@ pub(crate) struct Identity {
     pub(crate) kvm_group: Option<u32>,
 }
 
-/// A process held so that its pid cannot come to mean another.
+/// A process held so that its pid cannot come to mean another. Dropping this does not end it.
+#[derive(Debug, Clone)]
+pub struct Pinned {
+    process: Process,
+    pidfd: Arc<OwnedFd>,
+}
+
+/// A QEMU's process.
 #[derive(Debug)]
 pub(crate) struct Held {
-    pub(crate) process: Process,
-    pub(crate) pidfd: Arc<OwnedFd>,
+    pub(crate) pinned: Pinned,
     messages: Option<File>,
 }
 
@@ -43,14 +50,8 @@ pub(crate) fn start(mut command: Command, identity: Identity, inherited: &[Owned
     command.stderr(messages.try_clone()?);
     let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     become_apart(&mut command, identity, numbers);
-    let child = command.spawn()?;
-    // Not waited for yet, so the pid cannot be another's.
-    let pid = child.id();
-    let pidfd = Arc::new(rustix::process::pidfd_open(as_pid(pid)?, PidfdFlags::NONBLOCK)?);
-    let start_ticks = start_ticks(pid)?;
     Ok(Held {
-        process: Process { pid, start_ticks },
-        pidfd,
+        pinned: Pinned::child(command.spawn()?)?,
         messages: Some(messages),
     })
 }
@@ -98,26 +99,12 @@ fn message_file() -> io::Result<File> {
     Ok(memory.into())
 }
 
-/// Takes hold of a process of an earlier agent; `None` when it is gone, or its pid is another's by now.
+/// Takes hold of a QEMU of an earlier agent; `None` when it is gone, or its pid is another's by now.
 pub(crate) fn hold(process: Process) -> io::Result<Option<Held>> {
-    let pidfd = match rustix::process::pidfd_open(as_pid(process.pid)?, PidfdFlags::NONBLOCK) {
-        Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
-        pidfd => Arc::new(pidfd?),
-    };
-    // Read after the pidfd was taken: if it matches now, the pidfd is of the right process.
-    match start_ticks(process.pid) {
-        Ok(ticks) if ticks == process.start_ticks => {}
-        Ok(_) => return Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
-            return Ok(None);
-        }
-        Err(error) => return Err(error),
-    }
-    let messages = File::open(format!("/proc/{}/fd/2", process.pid)).ok();
-    Ok(Some(Held {
-        process,
-        pidfd,
-        messages,
+    let found = Pinned::find(process)?;
+    Ok(found.map(|pinned| Held {
+        pinned,
+        messages: File::open(format!("/proc/{}/fd/2", process.pid)).ok(),
     }))
 }
 
@@ -134,34 +121,102 @@ pub(crate) fn process_of_thread(thread: i32) -> io::Result<Process> {
     })
 }
 
-impl Held {
+impl Pinned {
+    /// Takes hold of a child that nobody has waited for.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the child is ended then.
+    pub fn child(mut child: Child) -> io::Result<Self> {
+        let pid = child.id();
+        // Not waited for yet, so the pid cannot be another's.
+        let held = || {
+            let pidfd = Arc::new(rustix::process::pidfd_open(as_pid(pid)?, PidfdFlags::NONBLOCK)?);
+            let process = Process {
+                pid,
+                start_ticks: start_ticks(pid)?,
+            };
+            Ok(Self { process, pidfd })
+        };
+        held().inspect_err(|_| {
+            // Nobody would find it again. It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        })
+    }
+
+    /// Takes hold of a process by what was recorded of it; `None` when it is gone, or its pid is another's by now.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn find(process: Process) -> io::Result<Option<Self>> {
+        let pidfd = match rustix::process::pidfd_open(as_pid(process.pid)?, PidfdFlags::NONBLOCK) {
+            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
+            pidfd => Arc::new(pidfd?),
+        };
+        // Read after the pidfd was taken: if it matches now, the pidfd is of the right process.
+        match start_ticks(process.pid) {
+            Ok(ticks) if ticks == process.start_ticks => Ok(Some(Self { process, pidfd })),
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Which process it is.
+    #[must_use]
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
     /// Ends it at once; nothing when it is dead.
-    pub(crate) fn kill(&self) -> io::Result<()> {
-        kill(&self.pidfd)
+    ///
+    /// # Errors
+    /// When that is not permitted.
+    pub fn kill(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Becomes readable when the process is dead.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch it.
     #[allow(unsafe_code)]
-    pub(crate) fn watch(&self) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    pub fn watch(&self) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
         // SAFETY: the descriptor is owned, and neither replaced nor closed while the watch holds its share of it.
         Ok(unsafe { AsyncFd::register_with_interest(Arc::clone(&self.pidfd), Interest::READABLE)? })
     }
 
+    /// Takes its zombie away, once it is dead, where it is our child; how it ended then. That of another is not ours to wait for.
+    pub fn reap(&self) -> Option<WaitIdStatus> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options)
+            .ok()
+            .flatten()
+    }
+}
+
+impl AsFd for Pinned {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Held {
     /// How it ended and what it said, for people. Takes the zombie away where it is our child.
     pub(crate) fn obituary(&self) -> String {
-        use std::os::fd::AsFd;
-        let waited = rustix::process::waitid(
-            WaitId::PidFd(self.pidfd.as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-        );
-        let how = match waited {
-            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+        let how = match self.pinned.reap() {
+            Some(status) => match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => format!("QEMU ended with status {code}"),
                 (_, Some(signal)) => format!("QEMU was killed by signal {signal}"),
                 _ => "QEMU ended".to_owned(),
             },
             // Another agent's child: nobody here is told.
-            _ => "QEMU ended".to_owned(),
+            None => "QEMU ended".to_owned(),
         };
         match self.last_words() {
             words if words.is_empty() => how,
@@ -177,14 +232,6 @@ impl Held {
         let end = said[..count].iter().position(|byte| *byte == 0).unwrap_or(count);
         let quoted = &said[end.saturating_sub(QUOTED_BYTES)..end];
         String::from_utf8_lossy(quoted).trim().to_owned()
-    }
-}
-
-/// Ends the process of `pidfd` at once; nothing when it is dead.
-pub(crate) fn kill(pidfd: &OwnedFd) -> io::Result<()> {
-    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
-        Ok(()) | Err(Errno::SRCH) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,6 +1,5 @@
 //! The driver's face: a host's QEMU, its VMs, and what the agent asks of each.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,9 +8,9 @@ use model::VmId;
 use tokio::sync::mpsc;
 
 use crate::capability::Capabilities;
-use crate::launch::{self, AdoptError, Driven, SpawnError};
+use crate::launch::{self, AdoptError, Driven, Given, SpawnError};
 use crate::monitor::Monitor;
-use crate::process;
+use crate::process::Pinned;
 use crate::program::Program;
 
 /// Actions that wait; the task gives a few at a time.
@@ -38,8 +37,7 @@ pub struct Vm {
 #[derive(Debug, Clone)]
 pub struct Handle {
     actions: mpsc::Sender<Action>,
-    pidfd: Arc<OwnedFd>,
-    process: Process,
+    process: Pinned,
 }
 
 /// An action was not taken.
@@ -66,20 +64,20 @@ impl Qemu {
         }
     }
 
-    /// Starts a VM's process. It outlives the agent. `taps` are its network cards' in the order of the definition's ports.
+    /// Starts a VM's process. It outlives the agent. It gets its files and taps as they are given.
     ///
     /// The first thing that the VM tells is [`Happened::Up`].
     ///
     /// # Errors
     /// When it cannot be built or started, or does not answer. Nothing is left of it but its run directory.
-    pub async fn spawn(&self, launch: Launch, taps: Vec<OwnedFd>) -> Result<Vm, SpawnError> {
+    pub async fn spawn(&self, launch: Launch, given: Given) -> Result<Vm, SpawnError> {
         let (run_dir, vm) = (launch.run_dir.clone(), launch.definition.vm);
         let machine = &launch.definition.layout.machine;
         if !self.capabilities.machines.contains(machine) {
             let (machine, version) = (machine.clone(), self.capabilities.version.to_string());
             return Err(SpawnError::Machine { machine, version });
         }
-        let driven = launch::launch(&self.program, self.capabilities.sandbox, launch, taps).await?;
+        let driven = launch::launch(&self.program, self.capabilities.sandbox, launch, given).await?;
         Ok(Vm::drive(driven, &run_dir, vm))
     }
 
@@ -98,16 +96,11 @@ impl Vm {
     fn drive(driven: Driven, run_dir: &Path, vm: VmId) -> Self {
         let (actions, actions_out) = mpsc::channel(ACTIONS_MAX);
         let (happened_in, happened) = mpsc::channel(HAPPENED_MAX);
-        let process = driven.held.process;
-        let pidfd = Arc::clone(&driven.held.pidfd);
+        let process = driven.held.pinned.clone();
         let monitor = Monitor::new(driven, run_dir, vm, actions_out, happened_in);
         tokio::spawn(monitor.run());
         Self {
-            handle: Handle {
-                actions,
-                pidfd,
-                process,
-            },
+            handle: Handle { actions, process },
             happened,
         }
     }
@@ -128,7 +121,7 @@ impl Handle {
     /// The process, for the journal.
     #[must_use]
     pub fn process(&self) -> Process {
-        self.process
+        self.process.process()
     }
 
     /// Asks; what [`Vm::next`] tells is the answer. Actions are carried out in order, but [`Action::Kill`] at once.
@@ -138,8 +131,8 @@ impl Handle {
     pub fn act(&self, action: Action) -> Result<(), ActError> {
         if action == Action::Kill {
             // By the pidfd: it hits this process or none. Its death is told.
-            return process::kill(&self.pidfd).map_err(|error| {
-                tracing::error!(pid = self.process.pid, %error, "cannot kill QEMU");
+            return self.process.kill().map_err(|error| {
+                tracing::error!(pid = self.process().pid, %error, "cannot kill QEMU");
                 ActError::NotPermitted
             });
         }

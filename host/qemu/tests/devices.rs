@@ -9,14 +9,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Host, Shared, assert_counts, installed, launch, left_out, read_to, ticks};
-use driver::{Action, Files, Happened, Launch, Mode, VolumeFile};
+use common::{Host, Shared, assert_counts, given, installed, launch, left_out, read_to, ticks, volume};
+use driver::{Action, Happened, Launch, Mode};
 use model::layout::{Family, Layout};
 use model::order::{PortUse, VolumeBase};
 use model::storage::{Digest, Format};
 use model::template::{Blob, Boot};
 use model::{Mac, PortId};
-use qemu::Qemu;
+use qemu::{Given, GivenKernel, Qemu};
 use rustix::event::{PollFd, PollFlags, poll};
 
 /// A Linux kernel by its header alone (Linux's `Documentation/arch/x86/boot.rst`), that sends its command line to the serial port.
@@ -52,9 +52,9 @@ fn speaking_kernel() -> Vec<u8> {
     kernel
 }
 
-async fn started(qemu: &Qemu, launch: Launch, directory: tempfile::TempDir, taps: Vec<OwnedFd>) -> Host {
+async fn started(qemu: &Qemu, launch: Launch, directory: tempfile::TempDir, given: Given) -> Host {
     let vm = qemu
-        .spawn(launch, taps)
+        .spawn(launch, given)
         .await
         .unwrap_or_else(|error| panic!("{error}: {error:?}"));
     let mut host = Host::of(directory, vm);
@@ -104,13 +104,16 @@ async fn a_kernel_boots_from_files_in_a_closed_directory_and_learns_its_name() {
     std::fs::set_permissions(shared.directory.path(), Permissions::from_mode(0o700)).unwrap();
 
     let directory = tempfile::tempdir().unwrap();
-    let mut launch = launch(&shared, Mode::Boot, &directory.path().join("run"));
-    launch.files = Files {
-        kernel: Some(kernel),
-        initrd: Some(initrd),
-        ..launch.files
+    let launch = launch(&shared, Mode::Boot, &directory.path().join("run"));
+    let read = |path| OwnedFd::from(std::fs::File::open(path).unwrap());
+    let files = Given {
+        boot: Some(GivenKernel {
+            kernel: read(kernel),
+            initrd: read(initrd),
+        }),
+        ..given(&shared, vec![])
     };
-    let mut host = started(&qemu, launch, directory, vec![]).await;
+    let mut host = started(&qemu, launch, directory, files).await;
     let mut serial = host.serial().await;
     host.run().await;
     assert_eq!(
@@ -145,12 +148,12 @@ async fn an_overlay_boots_from_its_base_whatever_its_header_says() {
     });
 
     let directory = tempfile::tempdir().unwrap();
-    let mut launch = launch(&shared, Mode::Boot, &directory.path().join("run"));
-    launch.files.volumes = vec![VolumeFile {
-        path: overlay,
-        base: Some(shared.disk()),
-    }];
-    let mut host = started(&qemu, launch, directory, vec![]).await;
+    let launch = launch(&shared, Mode::Boot, &directory.path().join("run"));
+    let files = Given {
+        volumes: vec![volume(&overlay, Some(&shared.disk()))],
+        ..Given::default()
+    };
+    let mut host = started(&qemu, launch, directory, files).await;
     let mut serial = host.serial().await;
     host.run().await;
     assert_counts(&ticks(&mut serial, 50).await);
@@ -233,7 +236,7 @@ async fn a_card_sends_by_the_tap_it_was_given_and_announces_itself() {
     let (tap, frames) = tap();
     let directory = tempfile::tempdir().unwrap();
     let launch = launch(&shared, Mode::Boot, &directory.path().join("run"));
-    let mut host = started(&qemu, launch, directory, vec![tap]).await;
+    let mut host = started(&qemu, launch, directory, given(&shared, vec![tap])).await;
     host.run().await;
     let begun = Instant::now();
     host.act(Action::Announce);

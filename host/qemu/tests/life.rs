@@ -6,10 +6,10 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use common::{Host, Shared, assert_counts, drain, installed, launch, read_to, ticks, user};
+use common::{Host, Shared, assert_counts, drain, given, installed, launch, read_to, ticks, user};
 use driver::{Action, Condition, Happened, Mode, Process};
 use model::layout::Family;
-use qemu::{AdoptError, SpawnError};
+use qemu::{AdoptError, Given, SpawnError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
@@ -198,7 +198,7 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
     let spawn = |change: fn(&mut driver::Launch)| {
         let mut launch = launch(&shared, Mode::Boot, &run_dir);
         change(&mut launch);
-        qemu.spawn(launch, vec![])
+        qemu.spawn(launch, given(&shared, vec![]))
     };
     let unknown = spawn(|launch| launch.definition.layout.machine = "pc-q35-99.0".into())
         .await
@@ -220,18 +220,15 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
     assert!(matches!(injected, SpawnError::Definition(_)), "{injected}");
     let newer = spawn(|launch| launch.definition.layout.version = 2).await.unwrap_err();
     assert!(format!("{:?}", newer).contains("Version(2)"), "{newer}");
-    let absent = spawn(|launch| launch.files.volumes[0].path = "/nonexistent/disk".into())
-        .await
-        .unwrap_err();
-    assert!(absent.to_string().contains("/nonexistent/disk"), "{absent}");
-    let fewer = spawn(|launch| launch.files.volumes.clear()).await.unwrap_err();
+    let fewer = qemu.spawn(launch(&shared, Mode::Boot, &run_dir), Given::default());
+    let fewer = fewer.await.unwrap_err();
     assert_eq!(fewer.to_string(), "0 volumes were given for 1 in the definition");
     let adopted = qemu.adopt(shared.definition.vm, &run_dir).await;
     assert!(matches!(adopted, Err(AdoptError::Gone)), "{adopted:?}");
 
     let missing = qemu::Qemu::new(qemu::Program::at("/nonexistent/qemu"), capabilities.clone());
     let start = missing
-        .spawn(launch(&shared, Mode::Boot, &run_dir), vec![])
+        .spawn(launch(&shared, Mode::Boot, &run_dir), given(&shared, vec![]))
         .await
         .unwrap_err();
     assert!(matches!(start, SpawnError::Start { .. }), "{start}");
@@ -244,7 +241,10 @@ async fn two_processes_do_not_write_one_disk() {
     let host = Host::start(&qemu, &shared, Mode::Boot).await;
     let directory = tempfile::tempdir().unwrap();
     let second = qemu
-        .spawn(launch(&shared, Mode::Boot, &directory.path().join("run")), vec![])
+        .spawn(
+            launch(&shared, Mode::Boot, &directory.path().join("run")),
+            given(&shared, vec![]),
+        )
         .await
         .unwrap_err();
     assert!(

@@ -2,7 +2,7 @@
 
 mod machine;
 
-use driver::{Action, Condition, CopyCost, Files, Happened, Launch, Mode};
+use driver::{Action, Condition, CopyCost, Happened, Launch, Mode};
 use machine::{VM, boot, copied, definition, endpoint, host, nearly, place, start, terms};
 use model::{
     Code, Epoch, Generation, Message, Millis, OperationId, Refusal, Revision,
@@ -94,7 +94,6 @@ fn launch() -> Launch {
     Launch {
         definition: *definition(),
         mode: Mode::Boot,
-        files: Files::default(),
         run_dir: "/run/godwit/web1".into(),
         uid: 1,
     }

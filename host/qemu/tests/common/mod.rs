@@ -2,21 +2,21 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)] // Helpers of tests; each test program uses some.
 
 use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use driver::{
-    Action, Condition, CopyLimits, Files, Happened, INCOMING_SOCKET, Launch, Mode, OUTGOING_SOCKET, SERIAL_SOCKET,
-    VolumeFile,
-};
+use driver::{Action, Condition, CopyLimits, Happened, INCOMING_SOCKET, Launch, Mode, OUTGOING_SOCKET, SERIAL_SOCKET};
 use model::host::Accelerator;
 use model::layout::{Family, Layout};
 use model::order::{VolumePlace, VolumeUse};
 use model::storage::Format;
 use model::template::Boot;
 use model::{Definition, Millis, PoolId, VmId, VolumeId};
-use qemu::{Capabilities, Handle, Program, Qemu, Vm, discover};
+use qemu::{Capabilities, Given, GivenVolume, Handle, Program, Qemu, Vm, discover};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
@@ -186,7 +186,7 @@ impl Host {
         let directory = tempfile::tempdir().unwrap();
         let launch = launch(shared, mode, &directory.path().join("run"));
         let vm = qemu
-            .spawn(launch, vec![])
+            .spawn(launch, given(shared, vec![]))
             .await
             .unwrap_or_else(|error| panic!("{error}: {error:?}"));
         let mut host = Self::of(directory, vm);
@@ -289,19 +289,36 @@ impl Drop for Host {
 }
 
 pub(crate) fn launch(shared: &Shared, mode: Mode, run_dir: &Path) -> Launch {
-    let volumes = vec![VolumeFile {
-        path: shared.disk(),
-        base: None,
-    }];
     Launch {
         definition: shared.definition.clone(),
         mode,
-        files: Files {
-            volumes,
-            ..Files::default()
-        },
         run_dir: run_dir.to_owned(),
         uid: user(),
+    }
+}
+
+/// The disk of the definition, open, and taps.
+pub(crate) fn given(shared: &Shared, taps: Vec<OwnedFd>) -> Given {
+    Given {
+        taps,
+        volumes: vec![volume(&shared.disk(), None)],
+        boot: None,
+    }
+}
+
+pub(crate) fn volume(path: &Path, base: Option<&Path>) -> GivenVolume {
+    let direct = |write| {
+        let options = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_DIRECT)
+            .open(path);
+        options.unwrap().into()
+    };
+    GivenVolume {
+        write: direct(true),
+        read: direct(false),
+        base: base.map(|base| File::open(base).unwrap().into()),
     }
 }
 

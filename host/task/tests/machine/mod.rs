@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use driver::{Action, Condition, CopyCost, CopyState, Files, Happened, Launch, Mode};
+use driver::{Action, Condition, CopyCost, CopyState, Happened, Launch, Mode};
 use model::{
     BootId, Definition, Epoch, Generation, HostId, Mac, Millis, OperationId, PoolId, PortId, Revision, Terms, VmId,
     VolumeId,
@@ -270,7 +270,6 @@ impl Machine {
                 let launch = Launch {
                     definition: *definition,
                     mode,
-                    files: Files::default(),
                     run_dir: "/run/godwit/web1".into(),
                     uid: 1,
                 };
