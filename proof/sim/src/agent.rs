@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use driver::{Condition, Files, Happened, Launch, Mode};
+use driver::{Condition, Happened, Launch, Mode};
 use model::{
     BootId, Code, Definition, Generation, HostId, Message, Refusal, Report, VmId,
     order::{Order, Relay, TemplateReport, VmObserved, VolumePlace},
@@ -216,7 +216,6 @@ impl Sim {
         self.hosts[host].ports.insert(vm, false);
         let launch = Launch {
             mode,
-            files: Files::default(),
             run_dir: format!("/run/godwit/{vm}").into(),
             uid: 0,
             definition,
