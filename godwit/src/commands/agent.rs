@@ -132,14 +132,10 @@ impl HostFlags {
             gateway: gateway.map(|(ip, prefix)| network::Gateway { ip, prefix }),
             mtu: self.mtu,
             qemu: self.qemu.clone(),
-            exe: own_program()?,
+            // Whatever becomes of its file: an upgrade may replace it at any time.
+            exe: "/proc/self/exe".into(),
         })
     }
-}
-
-/// This program, also when its file is replaced while it runs: tunnels are started from it.
-fn own_program() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|error| Failure::of(Exit::Failed, &error))
 }
 
 /// Makes a directory that VMs' users may pass through.

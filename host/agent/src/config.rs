@@ -29,7 +29,8 @@ pub struct AgentConfig {
     pub mtu: u32,
     /// QEMU.
     pub qemu: PathBuf,
-    /// This program, which also is the tunnel's.
+    /// This program, which also is the tunnel's: opened when the agent starts, so that an upgrade may replace its file. Of a process that
+    /// is to be its own tunnels' program, `/proc/self/exe`.
     pub exe: PathBuf,
 }
 

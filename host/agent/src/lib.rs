@@ -18,6 +18,8 @@
 mod config;
 mod console;
 mod facts;
+#[cfg(test)]
+mod fixture;
 mod join;
 mod journal;
 mod leave;
@@ -120,6 +122,11 @@ impl Agent {
     /// # Errors
     /// [`StartError`].
     pub async fn start(config: AgentConfig) -> Result<Self, StartError> {
+        let program = &config.exe;
+        let tunnels = tunnel::Program::open(program).map_err(|source| StartError::Path {
+            path: program.clone(),
+            source,
+        })?;
         let (membership, identity) = config.membership()?;
         let boot = facts::boot_id().map_err(StartError::Boot)?;
         let journal = journal::Journal::open(&config.journal_path(), boot)?;
@@ -159,6 +166,7 @@ impl Agent {
             pools,
             identity,
             journal,
+            tunnels,
         };
         let shared = Shared::new(parts);
         shared.take_up();

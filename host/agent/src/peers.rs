@@ -39,6 +39,8 @@ const PORTIONS_GIVEN_MAX: usize = 64;
 /// Connections of other agents at once.
 const CONNECTIONS_MAX: usize = 256;
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// Between two tries to accept a connection where that failed: descriptors do not come back at once.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// After this long without a byte the connection is lost.
 const LOST_AFTER: Duration = Duration::from_secs(10);
@@ -156,9 +158,13 @@ async fn dial(
         version_min: wire::VERSION_MIN,
         version_max: wire::VERSION_MAX,
     };
-    stream.write_all(&wire::encode(&hello, FRAME_BYTES_MAX)?).await?;
+    put(&mut stream, &hello).await?;
     let mut decoder = Decoder::new(FRAME_BYTES_MAX);
-    match next(&mut stream, &mut decoder).await? {
+    // A host that stopped just now has a connection that never ends.
+    match timeout(HANDSHAKE_MAX, next(&mut stream, &mut decoder))
+        .await
+        .map_err(|_| LinkError::Silent)??
+    {
         Some(Peer::Accepted { version }) if (wire::VERSION_MIN..=wire::VERSION_MAX).contains(&version) => {
             up.store(true, Ordering::Relaxed);
         }
@@ -179,7 +185,7 @@ pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
             Err(error) => {
                 // Out of descriptors, or the caller was gone already: neither is the listener's end.
                 tracing::warn!(%error, "an agent's connection was not accepted");
-                tokio::task::yield_now().await;
+                tokio::time::sleep(ACCEPT_AGAIN).await;
                 continue;
             }
         };
@@ -213,9 +219,7 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
         _ => None,
     };
     let version = version.ok_or(LinkError::Version)?;
-    stream
-        .write_all(&wire::encode(&Peer::Accepted { version }, FRAME_BYTES_MAX)?)
-        .await?;
+    put(&mut stream, &Peer::Accepted { version }).await?;
     let (link, queues) = Link::new(true);
     shared.peers.lock().insert(host, link);
     talk(shared, host, stream, decoder, queues).await
@@ -303,5 +307,38 @@ async fn next<S: AsyncRead + Unpin>(stream: &mut S, decoder: &mut Decoder) -> Re
             0 => return Ok(None),
             n => decoder.push(&bytes[..n]),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
+
+    use super::*;
+    use crate::fixture::{Cell, host_id};
+
+    #[tokio::test]
+    async fn a_host_that_falls_silent_before_its_first_word_is_given_up_and_dialled_again() {
+        let cell = Cell::new();
+        let shared = cell.host(1).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let config = Arc::new(tls::agents_port(&cell.identity(2)).unwrap());
+        let (came, mut comes) = mpsc::channel(4);
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let stream = tls::accept(&config, stream, HANDSHAKE_MAX).await.unwrap();
+                came.send(stream).await.unwrap();
+            }
+        });
+        let peers = Arc::clone(&shared.peers);
+        peers.ensure(&shared, host_id(2), address);
+        let first = comes.recv().await.unwrap();
+        let words = peers.lock()[&host_id(2)].words.clone();
+        timeout(3 * HANDSHAKE_MAX, words.closed()).await.unwrap();
+        peers.ensure(&shared, host_id(2), address);
+        timeout(HANDSHAKE_MAX, comes.recv()).await.unwrap().unwrap();
+        drop(first);
     }
 }

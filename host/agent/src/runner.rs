@@ -42,6 +42,8 @@ use crate::{
 
 /// Between two tries to find a process again that is there but does not answer.
 const ADOPT_AGAIN: Duration = Duration::from_millis(500);
+/// Between the end of a runner that broke off and the next one.
+const BROKE_OFF_PAUSE: Duration = Duration::from_secs(1);
 /// A word that was said this often without an answer is also said by way of the controller.
 const DIRECT_WORDS: u32 = 2;
 /// First of the user ids that VMs run as; each VM has its own, derived from its id.
@@ -101,7 +103,15 @@ pub(crate) fn start(
         lost: false,
         gone: false,
     };
-    tokio::spawn(runner.run(effects, queue));
+    let shared = Arc::clone(&runner.shared);
+    let run = tokio::spawn(runner.run(effects, queue));
+    tokio::spawn(async move {
+        if run.await.is_err_and(|end| end.is_panic()) {
+            // A defect; its VM runs on meanwhile. Not at once: one that breaks off again at its first step must not fill the log.
+            tokio::time::sleep(BROKE_OFF_PAUSE).await;
+            shared.begin_anew(vm);
+        }
+    });
 }
 
 struct Runner {
@@ -372,12 +382,12 @@ impl Runner {
     fn tunnel(&mut self, wish: TunnelWish) {
         let config = &self.shared.config;
         let made = match wish {
-            TunnelWish::Listen(terms) => Tunnel::listen(config, &terms, self.back.clone()),
+            TunnelWish::Listen(terms) => Tunnel::listen(&self.shared.tunnels, config, &terms, self.back.clone()),
             TunnelWish::Dial(terms, to) => {
                 let peer = SocketAddr::new(to.address, to.peer_port);
                 self.shared.peers.ensure(&self.shared, terms.destination, peer);
                 let tunnel = SocketAddr::new(to.address, to.tunnel_port);
-                Tunnel::dial(config, &terms, tunnel, self.back.clone())
+                Tunnel::dial(&self.shared.tunnels, config, &terms, tunnel, self.back.clone())
             }
             TunnelWish::Adopt => match &self.task.saved().role {
                 Role::Source { terms, .. } | Role::Destination { terms, .. } => {

@@ -1,7 +1,7 @@
 //! What all tasks of an agent share: configuration, identity, journal, connections, and the VMs' runners.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -30,7 +30,7 @@ use crate::{
     room::{Room, RoomError},
     runner::{self, Fed},
     session::Link,
-    template,
+    template, tunnel,
 };
 
 /// Inputs waiting for one VM. A VM that does not take them is stuck; orders and words come again.
@@ -66,6 +66,8 @@ pub(crate) struct Shared {
     pub(crate) boot: BootId,
     pub(crate) peer_port: u16,
     pub(crate) qemu: qemu::Qemu,
+    /// What tunnels are started from.
+    pub(crate) tunnels: tunnel::Program,
     pub(crate) network: Network,
     pub(crate) bridge: InterfaceName,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
@@ -105,6 +107,7 @@ pub(crate) struct Parts {
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) identity: NodeIdentity,
     pub(crate) journal: Journal,
+    pub(crate) tunnels: tunnel::Program,
 }
 
 /// A lock whose holder panicked still guards whole values: each is replaced in one step.
@@ -122,6 +125,7 @@ impl Shared {
             boot: parts.boot,
             peer_port: parts.peer_port,
             qemu: parts.qemu,
+            tunnels: parts.tunnels,
             network: parts.network,
             pools: parts.pools,
             reports: Reports::default(),
@@ -247,20 +251,40 @@ impl Shared {
     /// Gives a VM's runner something; begins the runner where there is none.
     fn feed(self: &Arc<Self>, vm: VmId, input: Input, fresh: bool) {
         let mut vms = lock(&self.vms);
-        let runner = match vms.entry(vm) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
+        let Some(runner) = self.runner_of(&mut vms, vm, fresh) else {
+            return;
+        };
+        if runner.inputs.try_send(Fed::Input(input)).is_err() {
+            tracing::warn!(%vm, "the VM takes no more inputs; this one will come again");
+        }
+    }
+
+    /// Begins a VM's runner anew from what is written down, if it broke off.
+    pub(crate) fn begin_anew(self: &Arc<Self>, vm: VmId) {
+        let mut vms = lock(&self.vms);
+        if vms.contains_key(&vm) {
+            self.runner_of(&mut vms, vm, false);
+        }
+    }
+
+    /// A VM's runner, begun where there is none, or none that lives. `None` for a VM of which nothing is known, unless it is `fresh`.
+    fn runner_of<'v>(self: &Arc<Self>, vms: &'v mut BTreeMap<VmId, Vm>, vm: VmId, fresh: bool) -> Option<&'v mut Vm> {
+        // One that is through is taken out under the lock before it ends.
+        if vms.get(&vm).is_some_and(|runner| runner.inputs.is_closed()) {
+            tracing::error!(%vm, "the VM's runner broke off; it is begun anew");
+            vms.remove(&vm);
+        }
+        match vms.entry(vm) {
+            btree_map::Entry::Occupied(entry) => Some(entry.into_mut()),
+            btree_map::Entry::Vacant(entry) => {
                 let saved = lock(&self.journal).saved_of(vm).cloned();
                 let (task, effects) = match saved {
                     Some(saved) => Task::recover(saved, self.host(), self.boot),
                     None if fresh => (Task::new(vm, self.host(), self.boot), vec![]),
-                    None => return,
+                    None => return None,
                 };
-                entry.insert(self.begin(task, effects))
+                Some(entry.insert(self.begin(task, effects)))
             }
-        };
-        if runner.inputs.try_send(Fed::Input(input)).is_err() {
-            tracing::warn!(%vm, "the VM takes no more inputs; this one will come again");
         }
     }
 
@@ -358,5 +382,56 @@ impl Shared {
     /// A pool of this host.
     pub(crate) fn pool(&self, id: PoolId) -> Option<Arc<NamedPool>> {
         self.pools.get(&id).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
+
+    use model::{Generation, Revision};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::fixture::Cell;
+
+    #[tokio::test]
+    async fn a_runner_that_broke_off_is_begun_anew_from_the_journal() {
+        let shared = Cell::new().host(1).await;
+        let vm = VmId(Uuid::from_u128(1));
+        let mut saved = Saved::new(vm, shared.boot);
+        (saved.role, saved.generation, saved.revision) = (task::Role::Holder, Generation(1), Revision(1));
+        shared.save(&saved).unwrap();
+        // As a panic leaves it.
+        let broken = || {
+            let (inputs, _) = mpsc::channel(1);
+            let task = Task::recover(saved.clone(), shared.host(), shared.boot).0;
+            let shown = Shown {
+                observed: Mutex::new(task.observed()),
+                serial: Mutex::default(),
+            };
+            let shown = Arc::new(shown);
+            lock(&shared.vms).insert(vm, Vm { inputs, shown });
+        };
+        let lives = || {
+            lock(&shared.vms)
+                .get(&vm)
+                .is_some_and(|runner| !runner.inputs.is_closed())
+        };
+        broken();
+        assert!(!lives());
+        shared.begin_anew(vm);
+        assert!(lives());
+        broken();
+        shared.feed(vm, Input::Lost, false);
+        assert!(lives());
+        let first = lock(&shared.vms)[&vm].inputs.clone();
+        shared.begin_anew(vm);
+        assert!(
+            first.same_channel(&lock(&shared.vms)[&vm].inputs),
+            "one that lives goes on"
+        );
+        shared.begin_anew(VmId(Uuid::from_u128(2)));
+        assert_eq!(lock(&shared.vms).len(), 1);
     }
 }

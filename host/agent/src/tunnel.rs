@@ -40,7 +40,7 @@ use rustix::net::sockopt;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
 pub use link::LinkError;
-pub use process::{ProcessError, Running, adopt, spawn};
+pub use process::{ProcessError, Program, Running, adopt, spawn};
 pub use relay::RelayError;
 pub use spec::{Side, SpecError, Token, TunnelSpec, VERSION};
 pub use status::{Phase, TunnelStatus};

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -10,8 +10,9 @@ use std::{
     },
 };
 
-use driver::{INCOMING_SOCKET, OUTGOING_SOCKET};
+use driver::{INCOMING_SOCKET, OUTGOING_SOCKET, Process};
 use model::Terms;
+use qemu::Pinned;
 use rustix::fs::inotify;
 use sha2::{Digest as _, Sha256};
 use task::{Input, TunnelEvent};
@@ -24,7 +25,7 @@ use crate::{
     config::AgentConfig,
     runner::Fed,
     template::chain,
-    tunnel::{self, Phase, Running, Side, Token, TunnelSpec, TunnelStatus, VERSION},
+    tunnel::{self, Phase, Program, Running, Side, Token, TunnelSpec, TunnelStatus, VERSION},
 };
 
 /// The first authenticated connection must be there within this.
@@ -74,17 +75,23 @@ fn spec(config: &AgentConfig, terms: &Terms, peer: uuid::Uuid, side: Side) -> Tu
 
 impl Tunnel {
     /// Destination: starts a tunnel that listens for the source.
-    pub(crate) fn listen(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+    pub(crate) fn listen(
+        program: &Program,
+        config: &AgentConfig,
+        terms: &Terms,
+        fed: mpsc::Sender<Fed>,
+    ) -> Result<Self, String> {
         let incoming = config.vm_run_dir(terms.vm).join(INCOMING_SOCKET);
         let side = Side::Destination {
             listen: SocketAddr::new(config.address, 0),
             incoming,
         };
-        Self::start(config, &spec(config, terms, terms.source.0, side), fed)
+        Self::start(program, &spec(config, terms, terms.source.0, side), fed)
     }
 
     /// Source: starts a tunnel that connects to the destination's.
     pub(crate) fn dial(
+        program: &Program,
         config: &AgentConfig,
         terms: &Terms,
         peer_address: SocketAddr,
@@ -92,48 +99,50 @@ impl Tunnel {
     ) -> Result<Self, String> {
         let listen = config.vm_run_dir(terms.vm).join(OUTGOING_SOCKET);
         let side = Side::Source { listen, peer_address };
-        Self::start(config, &spec(config, terms, terms.destination.0, side), fed)
+        Self::start(program, &spec(config, terms, terms.destination.0, side), fed)
     }
 
-    fn start(config: &AgentConfig, spec: &TunnelSpec, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
-        let process = tunnel::spawn(spec, &config.exe).map_err(|error| chain(&error))?;
-        let record = format!("{} {}", process.pid, process.start_time);
-        std::fs::write(spec.directory.join("process"), record).map_err(|error| error.to_string())?;
-        Self::watch(spec.directory.clone(), process, fed)
+    fn start(program: &Program, spec: &TunnelSpec, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        let process = tunnel::spawn(spec, &program.path()).map_err(|error| chain(&error))?;
+        Self::kept(&spec.directory, process, fed)
+    }
+
+    /// Watches a new tunnel and writes down which process it is.
+    fn kept(directory: &Path, process: Running, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
+        // Watched before anything can fail: whoever watches also takes its zombie away.
+        let watched = Self::watch(directory.to_owned(), process.clone(), fed);
+        let kept = watched.and_then(|tunnel| keep(directory, process.process()).map(|()| tunnel));
+        // Without its record no later agent would find it: it must not stay.
+        kept.inspect_err(|_| end(&process))
     }
 
     /// Finds a tunnel again after the agent was restarted.
     pub(crate) fn adopt(config: &AgentConfig, terms: &Terms, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
         let directory = directory(config, terms);
         let record = std::fs::read_to_string(directory.join("process")).map_err(|error| error.to_string())?;
-        let numbers = record
-            .split_once(' ')
-            .and_then(|(pid, start)| Some((pid.parse().ok()?, start.parse().ok()?)));
-        let (pid, start) = numbers.ok_or("its record is damaged")?;
-        let process = tunnel::adopt(pid, start).map_err(|error| chain(&error))?;
+        let numbers = record.split_once(' ').and_then(|(pid, start)| {
+            let (pid, start_ticks) = (pid.parse().ok()?, start.parse().ok()?);
+            Some(Process { pid, start_ticks })
+        });
+        let process = tunnel::adopt(numbers.ok_or("its record is damaged")?).map_err(|error| chain(&error))?;
         Self::watch(directory, process, fed)
     }
 
     fn watch(directory: PathBuf, process: Running, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
-        let pidfd = process
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|error| error.to_string())?;
         let changes = changes_of(&directory).map_err(|error| error.to_string())?;
         let heard = Arc::new(AtomicBool::new(true));
         let told = Told {
             fed,
             heard: Arc::clone(&heard),
         };
-        tokio::spawn(async move { follow(&directory, pidfd, changes, told).await });
+        let followed = process.pinned().clone();
+        tokio::spawn(async move { follow(&directory, followed, changes, told).await });
         Ok(Self { heard, process })
     }
 
     /// Ends it, at once; whoever watches still hears how it stood.
     pub(crate) fn close(&self) {
-        if let Err(error) = self.process.kill() {
-            tracing::warn!(error = &error as &dyn std::error::Error, "a tunnel was not ended");
-        }
+        end(&self.process);
     }
 }
 
@@ -159,6 +168,18 @@ impl Told {
     }
 }
 
+/// Writes down which process a tunnel is, for the agent after this one.
+fn keep(directory: &Path, process: Process) -> Result<(), String> {
+    let record = format!("{} {}", process.pid, process.start_ticks);
+    std::fs::write(directory.join("process"), record).map_err(|error| format!("its record was not written: {error}"))
+}
+
+fn end(process: &Running) {
+    if let Err(error) = process.kill() {
+        tracing::warn!(error = &error as &dyn std::error::Error, "a tunnel was not ended");
+    }
+}
+
 fn changes_of(directory: &Path) -> std::io::Result<AsyncFd<OwnedFd>> {
     let changes = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
     inotify::add_watch(&changes, directory, inotify::WatchFlags::MOVED_TO)?;
@@ -173,8 +194,8 @@ pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> std::io::Result<AsyncF
 }
 
 /// Tells each new phase once, until the process ends.
-async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, told_to: Told) {
-    let Ok(end) = watched(pidfd, Interest::READABLE) else {
+async fn follow(directory: &Path, process: Pinned, changes: AsyncFd<OwnedFd>, told_to: Told) {
+    let Ok(end) = process.watch() else {
         return;
     };
     let mut told: Option<Phase> = None;
@@ -197,7 +218,8 @@ async fn follow(directory: &Path, pidfd: OwnedFd, changes: AsyncFd<OwnedFd>, tol
             told_to.tell(event).await;
         }
         if ended {
-            reap(end.get_ref().as_fd());
+            // A child of ours would stay a zombie.
+            process.reap();
             told_to.tell(last_event(status.as_ref())).await;
             return;
         }
@@ -233,8 +255,25 @@ fn last_event(status: Option<&TunnelStatus>) -> TunnelEvent {
     }
 }
 
-/// A child of ours would stay a zombie; that of an earlier agent is not ours to wait for.
-fn reap(pidfd: BorrowedFd<'_>) {
-    let options = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOHANG;
-    let _ = rustix::process::waitid(rustix::process::WaitId::PidFd(pidfd), options);
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
+
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_tunnel_whose_record_cannot_be_written_is_ended_and_leaves_no_zombie() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("process")).unwrap();
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Running::of(Pinned::child(child).unwrap());
+        let (fed, mut told) = mpsc::channel(8);
+        let result = Tunnel::kept(dir.path(), process.clone(), fed);
+        assert!(result.unwrap_err().contains("its record was not written"));
+        // It was dropped, so nobody is told; the end of whoever watches is the end of the channel.
+        assert!(told.recv().await.is_none());
+        assert!(!Path::new(&format!("/proc/{}", process.process().pid)).exists());
+    }
 }

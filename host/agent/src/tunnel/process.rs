@@ -2,14 +2,16 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use driver::Process;
+use qemu::Pinned;
 use rustix::event::PollFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 
 use super::link::wait;
 use super::spec::{SpecError, TunnelSpec};
@@ -49,15 +51,30 @@ pub enum ProcessError {
     },
 }
 
-/// A running tunnel. Dropping this does not end it.
+/// The program of tunnels: the very one, whatever becomes of its file. An upgrade that replaces it disturbs no agent that runs.
 #[derive(Debug)]
-pub struct Running {
-    /// Its process id; with the start time it names the process for good, so journal both.
-    pub pid: u32,
-    /// When it started, in clock ticks since boot (proc_pid_stat(5), field 22).
-    pub start_time: u64,
-    pidfd: OwnedFd,
+pub struct Program(OwnedFd);
+
+impl Program {
+    /// Opens the program at `path`.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        use rustix::fs::{Mode, OFlags, open};
+        Ok(Self(open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?))
+    }
+
+    /// Where to start it, for as long as this lives: a child that this process makes finds it there until it has become the program.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
 }
+
+/// A running tunnel. Dropping this does not end it.
+#[derive(Debug, Clone)]
+pub struct Running(Pinned);
 
 /// Writes the spec into the tunnel's directory and starts `exe tunnel --spec PATH`: input null, output and errors to
 /// `tunnel.log` (the tunnel bounds it), no tie to this process. It enters its own session as its first act.
@@ -78,6 +95,7 @@ pub fn spawn(spec: &TunnelSpec, exe: &Path) -> Result<Running, ProcessError> {
         .map_err(log)?;
     let err = out.try_clone().map_err(log)?;
     let child = Command::new(exe)
+        .arg0("godwit")
         .arg("tunnel")
         .arg("--spec")
         .arg(&spec_path)
@@ -91,21 +109,15 @@ pub fn spawn(spec: &TunnelSpec, exe: &Path) -> Result<Running, ProcessError> {
             source,
         })?;
     let pid = child.id();
-    // Our child cannot be reaped by anybody else, so the id is still its own, even if it has ended already.
-    let pidfd = open(pid)?;
-    let start_time = start_time(pid).ok_or(ProcessError::Ended(pid))?;
-    Ok(Running { pid, start_time, pidfd })
+    let pinned = Pinned::child(child).map_err(|source| ProcessError::Watch { pid, source })?;
+    Ok(Running(pinned))
 }
 
 /// Finds a tunnel again by what the journal says.
-pub fn adopt(pid: u32, start_time: u64) -> Result<Running, ProcessError> {
-    let pidfd = open(pid)?;
-    // After the descriptor is open the id cannot change hands, so this compares the right process.
-    match self::start_time(pid) {
-        Some(found) if found == start_time => {}
-        _ => return Err(ProcessError::Ended(pid)),
-    }
-    let running = Running { pid, start_time, pidfd };
+pub fn adopt(process: Process) -> Result<Running, ProcessError> {
+    let pid = process.pid;
+    let found = Pinned::find(process).map_err(|source| ProcessError::Watch { pid, source })?;
+    let running = Running(found.ok_or(ProcessError::Ended(pid))?);
     match running.wait_end(Duration::ZERO)? {
         true => Err(ProcessError::Ended(pid)),
         false => Ok(running),
@@ -113,59 +125,43 @@ pub fn adopt(pid: u32, start_time: u64) -> Result<Running, ProcessError> {
 }
 
 impl Running {
+    /// A tunnel that is held already.
+    #[cfg(test)]
+    pub(crate) fn of(process: Pinned) -> Self {
+        Self(process)
+    }
+
+    /// Which process it is; this names it for good, so journal it.
+    #[must_use]
+    pub fn process(&self) -> Process {
+        self.0.process()
+    }
+
+    /// The process itself, to be watched and reaped by an event loop.
+    #[must_use]
+    pub fn pinned(&self) -> &Pinned {
+        &self.0
+    }
+
+    fn watch(&self, source: io::Error) -> ProcessError {
+        let pid = self.process().pid;
+        ProcessError::Watch { pid, source }
+    }
+
     /// Ends it at once: the kernel closes its sockets, and both QEMUs see the end of their stream.
     pub fn kill(&self) -> Result<(), ProcessError> {
-        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(ProcessError::Watch {
-                pid: self.pid,
-                source: error.into(),
-            }),
-        }
+        self.0.kill().map_err(|source| self.watch(source))
     }
 
     /// Waits for its end, at most `patience`; says whether it has ended, and reaps it if it is our child. For an event
     /// loop use the descriptor: it becomes readable at the end.
     pub fn wait_end(&self, patience: Duration) -> Result<bool, ProcessError> {
-        let watch = |source| ProcessError::Watch { pid: self.pid, source };
-        let ended = match patience.is_zero() {
-            true => wait(&self.pidfd, PollFlags::IN, Instant::now() + Duration::from_millis(1)),
-            false => wait(&self.pidfd, PollFlags::IN, Instant::now() + patience),
-        }
-        .map_err(watch)?;
+        let patience = patience.max(Duration::from_millis(1));
+        let ended = wait(&self.0, PollFlags::IN, Instant::now() + patience).map_err(|source| self.watch(source))?;
         if ended {
-            // Fails where an earlier agent was the parent; init reaps it then.
-            let _ = waitid(
-                WaitId::PidFd(self.pidfd.as_fd()),
-                WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-            );
+            // Nothing where an earlier agent was the parent; init reaps it then.
+            self.0.reap();
         }
         Ok(ended)
     }
-}
-
-impl AsFd for Running {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-}
-
-fn open(pid: u32) -> Result<OwnedFd, ProcessError> {
-    let id = i32::try_from(pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or(ProcessError::Ended(pid))?;
-    pidfd_open(id, PidfdFlags::empty()).map_err(|error| match error {
-        rustix::io::Errno::SRCH | rustix::io::Errno::INVAL => ProcessError::Ended(pid),
-        other => ProcessError::Watch {
-            pid,
-            source: other.into(),
-        },
-    })
-}
-
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, field 2, may hold spaces and parentheses; what follows its last parenthesis is regular.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }

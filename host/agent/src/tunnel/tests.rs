@@ -414,18 +414,21 @@ fn a_tunnel_is_its_own_process_found_again_and_its_death_ends_both_streams_at_on
     let running = spawn(&a, &tunnel_program(pair.dir.path())).unwrap();
     let (mut near, mut far) = pair_when_connected(&pair, &a);
     exchange(&near, &far);
-    let session = rustix::process::getsid(rustix::process::Pid::from_raw(running.pid as i32)).unwrap();
+    let session = rustix::process::getsid(rustix::process::Pid::from_raw(running.process().pid as i32)).unwrap();
     assert_eq!(
         session.as_raw_nonzero().get(),
-        running.pid as i32,
+        running.process().pid as i32,
         "it leads its own session"
     );
 
     assert!(matches!(
-        adopt(running.pid, running.start_time + 1),
+        adopt(driver::Process {
+            start_ticks: running.process().start_ticks + 1,
+            ..running.process()
+        }),
         Err(ProcessError::Ended(_))
     ));
-    let adopted = adopt(running.pid, running.start_time).unwrap();
+    let adopted = adopt(running.process()).unwrap();
     assert!(!adopted.wait_end(Duration::ZERO).unwrap());
     exchange(&near, &far);
     until(&a, |status| status.phase == Phase::Relaying);
@@ -439,10 +442,7 @@ fn a_tunnel_is_its_own_process_found_again_and_its_death_ends_both_streams_at_on
         }
     }
     assert!(adopted.wait_end(PATIENCE).unwrap());
-    assert!(matches!(
-        adopt(running.pid, running.start_time),
-        Err(ProcessError::Ended(_))
-    ));
+    assert!(matches!(adopt(running.process()), Err(ProcessError::Ended(_))));
     let outcome = pair.b_runs.join().unwrap();
     let cut = matches!(
         outcome,
@@ -450,6 +450,50 @@ fn a_tunnel_is_its_own_process_found_again_and_its_death_ends_both_streams_at_on
     );
     assert!(cut, "{outcome:?}");
     assert!(TunnelStatus::read(&a.status_path()).unwrap().phase == Phase::Relaying);
+}
+
+/// A program that ends well, as a file of its own.
+fn true_program(path: &Path) {
+    let _ = std::fs::remove_file(path);
+    std::fs::copy("/bin/true", path).unwrap();
+}
+
+#[test]
+fn a_program_that_was_replaced_or_is_gone_is_still_started_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let side = Side::Destination {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        incoming: dir.path().join("incoming"),
+    };
+    let spec = spec(dir.path(), "b", A, side);
+    let path = dir.path().join("godwit");
+    true_program(&path);
+    let program = Program::open(&path).unwrap();
+    let ends_well = || {
+        let running = spawn(&spec, &program.path()).unwrap();
+        let process = running.pinned();
+        let mut end = [PollFd::new(process, PollFlags::IN)];
+        poll(&mut end, None).unwrap();
+        process.reap().and_then(|status| status.exit_status()) == Some(0)
+    };
+    assert!(ends_well());
+    // As a package's upgrade does it: the new file takes the name.
+    std::fs::copy("/bin/false", dir.path().join("new")).unwrap();
+    std::fs::rename(dir.path().join("new"), &path).unwrap();
+    assert!(ends_well(), "it is the program that runs, not the new one");
+    std::fs::remove_file(&path).unwrap();
+    assert!(ends_well(), "nor none");
+    assert!(spawn(&spec, &path).is_err());
+}
+
+#[test]
+fn the_program_that_runs_is_found_though_its_file_is_gone() {
+    // What the agent opens: of a program whose file was replaced before it looked, the kernel still has it.
+    let running = Program::open(Path::new("/proc/self/exe")).unwrap();
+    let me = std::fs::metadata(std::env::current_exe().unwrap()).unwrap();
+    let opened = std::fs::metadata(running.path()).unwrap();
+    use std::os::unix::fs::MetadataExt as _;
+    assert_eq!((me.dev(), me.ino()), (opened.dev(), opened.ino()));
 }
 
 #[test]
