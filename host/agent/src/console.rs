@@ -12,6 +12,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -23,7 +24,7 @@ use tokio::{
     net::UnixStream,
     sync::{broadcast, mpsc},
     task::JoinHandle,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use uuid::Uuid;
 use wire::{
@@ -37,6 +38,8 @@ use crate::{session, shared::Shared};
 const LOG_HALF_BYTES: u64 = 512 << 10;
 /// Pieces of output that somebody who looks may lag behind.
 const LAG_MAX: usize = 256;
+/// Between two tries to keep a log where that failed.
+const LOG_AGAIN: Duration = Duration::from_secs(60);
 /// What somebody typed and the guest has not taken.
 const TYPED_WAITING_MAX: usize = 64;
 
@@ -80,21 +83,56 @@ async fn pump(
     everyone: broadcast::Sender<Bytes>,
     mut typed: mpsc::Receiver<Bytes>,
 ) -> std::io::Result<()> {
-    let mut log = Log::open(log_dir)?;
+    let mut log = Kept::open(log_dir);
     let (mut from, mut to) = UnixStream::connect(socket).await?.into_split();
     let mut buffer = vec![0; 16 << 10];
+    // What was typed and not taken yet.
+    let mut waiting = Bytes::new();
     loop {
+        // Written beside the reading: a guest that does not read what was typed must not be stopped in what it prints.
         tokio::select! {
             read = from.read(&mut buffer) => {
                 let n = read?;
                 if n == 0 {
                     return Ok(());
                 }
-                log.write(&buffer[..n])?;
+                log.write(&buffer[..n]);
                 // Nobody looking is fine.
                 let _ = everyone.send(Bytes::copy_from_slice(&buffer[..n]));
             }
-            Some(bytes) = typed.recv() => to.write_all(&bytes).await?,
+            wrote = to.write(&waiting), if !waiting.is_empty() => drop(waiting.split_to(wrote?)),
+            Some(bytes) = typed.recv(), if waiting.is_empty() => waiting = bytes,
+        }
+    }
+}
+
+/// A log, where one can be kept: a console goes on without it.
+struct Kept {
+    dir: PathBuf,
+    log: Option<Log>,
+    /// When it is tried again.
+    again: Instant,
+}
+
+impl Kept {
+    fn open(dir: PathBuf) -> Self {
+        let log = None;
+        let again = Instant::now();
+        Self { dir, log, again }
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if self.log.is_none() && Instant::now() < self.again {
+            return;
+        }
+        let written = match &mut self.log {
+            Some(log) => log.write(bytes),
+            None => Log::open(self.dir.clone()).and_then(|log| self.log.insert(log).write(bytes)),
+        };
+        if let Err(error) = written {
+            tracing::warn!(log = %self.dir.display(), %error, "what the guest prints is not kept; tried again later");
+            self.log = None;
+            self.again = Instant::now() + LOG_AGAIN;
         }
     }
 }
@@ -223,5 +261,58 @@ mod tests {
         let mut typed = [0; 5];
         guest.read_exact(&mut typed).await.unwrap();
         assert_eq!(&typed, b"root\n");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_does_not_read_what_was_typed_is_not_stopped_in_what_it_prints() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let serial = Serial::open(path, dir.path().join("log"));
+        let (mut output, input) = serial.look();
+        let (mut guest, _) = listener.accept().await.unwrap();
+        // More than a socket holds: at the end nothing more is taken.
+        let paste = Bytes::from(vec![b'x'; 64 << 10]);
+        let full = async { while input.send(paste.clone()).await.is_ok() {} };
+        timeout(Duration::from_secs(1), full).await.unwrap_err();
+        guest.write_all(b"still here").await.unwrap();
+        let printed = timeout(Duration::from_secs(10), output.recv()).await.unwrap().unwrap();
+        assert_eq!(&printed[..], b"still here");
+        // And it gets all of it once it reads.
+        let mut typed = vec![0; 64 << 10];
+        for _ in 0..4 {
+            guest.read_exact(&mut typed).await.unwrap();
+            assert_eq!(typed, paste);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_console_goes_on_though_its_log_cannot_be_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        // A file is in the place of its directory.
+        std::fs::write(dir.path().join("log"), "").unwrap();
+        let serial = Serial::open(path, dir.path().join("log"));
+        let (mut output, _input) = serial.look();
+        let (mut guest, _) = listener.accept().await.unwrap();
+        for printed in [&b"one"[..], b"two"] {
+            guest.write_all(printed).await.unwrap();
+            assert_eq!(&output.recv().await.unwrap()[..], printed);
+        }
+    }
+
+    #[test]
+    fn a_log_that_could_not_be_kept_is_kept_again_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("log");
+        std::fs::write(&place, "").unwrap();
+        let mut kept = Kept::open(place.clone());
+        kept.write(b"lost");
+        std::fs::remove_file(&place).unwrap();
+        kept.write(b"lost too");
+        kept.again = Instant::now();
+        kept.write(b"kept");
+        assert_eq!(std::fs::read(place.join("serial.log")).unwrap(), b"kept");
     }
 }

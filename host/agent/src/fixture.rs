@@ -2,9 +2,9 @@
 //! agent does.
 #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::SystemTime};
 
-use identity::{ClusterAuthority, NodeIdentity, NodeKey, Role};
+use identity::{ClusterAuthority, Fingerprint, NodeIdentity, NodeKey, Role};
 use model::HostId;
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -26,6 +26,22 @@ pub(crate) fn host_id(n: u128) -> HostId {
     HostId(Uuid::from_u128(0x100 + n))
 }
 
+/// The configuration of an agent in `dir`.
+pub(crate) fn config(dir: &Path) -> AgentConfig {
+    AgentConfig {
+        state_dir: dir.join("state"),
+        run_dir: dir.join("run"),
+        address: [127, 0, 0, 1].into(),
+        pools: vec![],
+        bridge: "none0".parse().unwrap(),
+        uplink: None,
+        gateway: None,
+        mtu: 1500,
+        qemu: "qemu-system-x86_64".into(),
+        exe: "/proc/self/exe".into(),
+    }
+}
+
 impl Cell {
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -34,6 +50,10 @@ impl Cell {
             authority: made.unwrap(),
             dir,
         }
+    }
+
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        self.authority.certificate().fingerprint()
     }
 
     pub(crate) fn identity(&self, n: u128) -> NodeIdentity {
@@ -50,18 +70,7 @@ impl Cell {
     /// What the agent of the `n`th host shares.
     pub(crate) async fn host(&self, n: u128) -> Arc<Shared> {
         let dir = self.dir.path().join(n.to_string());
-        let config = AgentConfig {
-            state_dir: dir.join("state"),
-            run_dir: dir.join("run"),
-            address: [127, 0, 0, 1].into(),
-            pools: vec![],
-            bridge: "none0".parse().unwrap(),
-            uplink: None,
-            gateway: None,
-            mtu: 1500,
-            qemu: "qemu-system-x86_64".into(),
-            exe: "/proc/self/exe".into(),
-        };
+        let config = config(&dir);
         std::fs::create_dir_all(&config.run_dir).unwrap();
         config.make_state_dir().unwrap();
         let boot = facts::boot_id().unwrap();

@@ -79,7 +79,8 @@ pub async fn join(config: &AgentConfig, target: &JoinTarget, name: &Name) -> Res
         Err(StateError::NotJoined) => None,
         Err(error) => return Err(error.into()),
     };
-    let address = format!("{}:{}", target.address.host, target.address.port);
+    // An IPv6 literal in brackets: this is the request's `Host` too.
+    let address = target.address.to_string();
     let key = NodeKey::generate()?;
     let request = JoinRequest {
         token: Ticket::new(target.token.reveal()),
@@ -115,6 +116,7 @@ pub async fn join(config: &AgentConfig, target: &JoinTarget, name: &Name) -> Res
 /// controller names only a port.
 fn reachable(endpoint: &str, dialled: &str) -> String {
     match endpoint.rsplit_once(':') {
+        Some(("" | "0.0.0.0" | "[::]", port)) if dialled.contains(':') => format!("[{dialled}]:{port}"),
         Some(("" | "0.0.0.0" | "[::]", port)) => format!("{dialled}:{port}"),
         _ => endpoint.to_owned(),
     }
@@ -237,7 +239,24 @@ mod tests {
     #[test]
     fn a_controller_that_names_only_a_port_is_reached_where_it_was_reached_before() {
         assert_eq!(reachable("0.0.0.0:8442", "10.0.0.1"), "10.0.0.1:8442");
-        assert_eq!(reachable("[::]:8442", "[fd00::1]"), "[fd00::1]:8442");
+        assert_eq!(reachable("[::]:8442", "fd00::1"), "[fd00::1]:8442");
         assert_eq!(reachable("ctl.example:8442", "10.0.0.1"), "ctl.example:8442");
+    }
+
+    #[tokio::test]
+    async fn a_controller_is_named_by_an_ipv6_literal_in_brackets() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = crate::fixture::config(dir.path());
+        let authority = crate::fixture::Cell::new().fingerprint();
+        let token = identity::JoinToken::generate(uuid::Uuid::from_u128(5), authority).unwrap();
+        // Nobody listens there.
+        let free = std::net::TcpListener::bind("[::1]:0").unwrap().local_addr().unwrap();
+        let target: JoinTarget = format!("{}@{free}", token.reveal()).parse().unwrap();
+        match join(&config, &target, &"h1".parse().unwrap()).await {
+            Err(JoinError::Connect { address, .. }) => assert_eq!(address, free.to_string()),
+            other => panic!("{other:?}"),
+        }
+        let named: hyper::http::uri::Authority = target.address.to_string().parse().unwrap();
+        assert_eq!(named.port_u16(), Some(free.port()));
     }
 }
