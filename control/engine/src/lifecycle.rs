@@ -11,8 +11,7 @@ use model::{
 use crate::{
     create, definition, hosts,
     placement::{self, Need},
-    projects,
-    reports,
+    projects, reports,
     request::{self, Decision, Fresh, refuse},
     txn::Txn,
     world::World,

@@ -483,13 +483,20 @@ fn a_vm_whose_move_has_no_known_end_is_ended_where_it_was_unless_that_host_has_g
         let (_, send) = cell.last_order();
         cell.answer(source, &send, Happening::Copying);
         let kill = Command::KillVm(by_name("web1"));
-        assert_eq!(cell.ask(kill.clone()).unwrap_err().code, Code::Busy, "it is being moved");
+        assert_eq!(
+            cell.ask(kill.clone()).unwrap_err().code,
+            Code::Busy,
+            "it is being moved"
+        );
         // Its process answers nothing: the move ends without a word.
         cell.tick(4000);
         assert_eq!(cell.vm("web1").status.state, VmState::Migrating);
         let operation = cell.operate(kill);
         let (to, order) = cell.last_order();
-        assert_eq!((to, &order.verb, order.generation), (source, &Verb::Kill, send.generation));
+        assert_eq!(
+            (to, &order.verb, order.generation),
+            (source, &Verb::Kill, send.generation)
+        );
         if gave_up {
             let reason = Refusal::new(Code::Busy, "it is being moved");
             cell.answer(source, &order, Happening::Refused { reason });
@@ -535,7 +542,13 @@ fn a_host_that_refuses_to_clear_away_is_asked_ever_more_seldom_and_people_are_to
         cell.tick(1);
     }
     assert!((3..=12).contains(&asked.len()), "{asked:?}");
-    assert!(asked.windows(2).skip(6).all(|pair| pair[1] - pair[0] >= 59), "{asked:?}");
+    assert!(
+        asked.windows(2).skip(6).all(|pair| pair[1] - pair[0] >= 59),
+        "{asked:?}"
+    );
     let reason = cell.vm("web1").status.reason.unwrap();
-    assert!(reason.contains("its disk is stuck") && reason.contains("60.0 s"), "{reason}");
+    assert!(
+        reason.contains("its disk is stuck") && reason.contains("60.0 s"),
+        "{reason}"
+    );
 }
