@@ -19,6 +19,7 @@ mod config;
 mod console;
 mod facts;
 #[cfg(test)]
+#[path = "fixture_tests.rs"]
 mod fixture;
 mod join;
 mod journal;
