@@ -230,6 +230,7 @@ fn progress() -> Progress {
     }
 }
 
+// tidy: long because it is a list, a sample for each frame.
 /// All frames from agent to controller.
 pub(crate) fn ups() -> Vec<(String, Up)> {
     let observed = happenings().into_iter().map(|what| VmObserved {
