@@ -428,7 +428,7 @@ impl Core {
             let connected = Connected {
                 epoch: self.epoch,
                 received: self.links.received(connect.host),
-                outbox: world.outbox(connect.host).cloned().collect(),
+                outbox: world.outbox(connect.host).collect(),
                 orders: ends.orders,
                 state: ends.state,
             };

@@ -14,7 +14,7 @@ use model::{
     Code, Command, Digest, OperationId, Outcome, Refusal,
     command::IdempotencyKey,
     name::Reference,
-    template::{Blob, Boot, Content},
+    template::{Blob, Boot, Content, Seed},
 };
 use sha2::{Digest as _, Sha256};
 use support::{Cell, Fault, facts};
@@ -41,6 +41,7 @@ fn template(name: &str) -> Command {
             },
             disk: None,
             memory_mib_min: 64,
+            seed: Seed::None,
         },
     }
 }

@@ -19,7 +19,7 @@ use model::{
     operation::OperationState,
     order::{Happening, TemplateReport, TemplateVerb, Verb, VmOrder, VmReport},
     query::{Query, View},
-    template::{Blob, Boot, Content},
+    template::{Blob, Boot, Content, Seed},
 };
 use sha2::{Digest as _, Sha256};
 use support::{Cell, Host, PATIENCE, Session, facts, hello};
@@ -63,6 +63,7 @@ fn template() -> Command {
             },
             disk: None,
             memory_mib_min: 64,
+            seed: Seed::None,
         },
     }
 }
@@ -79,6 +80,9 @@ fn create() -> Command {
         host: None,
         pool: None,
         start: true,
+        hostname: None,
+        ssh_keys: vec![],
+        user_data: None,
     })
 }
 

@@ -10,8 +10,9 @@ use model::{
     layout::Layout,
     operation::TargetKind,
     order::Verb,
+    seed::{self, GuestSeed, SeedRow},
     storage::Format,
-    template::{Boot, TemplateState},
+    template::{Boot, Seed, TemplateState},
     vm::Power,
 };
 
@@ -75,7 +76,12 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
     let vm = row_of(txn, request, wanted, &decided, row, id, &port, volume.as_ref())?;
     let project = world.projects[&request.actor.project].clone();
     let more = usage(wanted, decided.disk_bytes);
+    let seeded = decided.template.content.seed == Seed::NoCloud;
     write(txn, vm, port, volume, project, more);
+    if seeded {
+        let seed = guest_seed(wanted);
+        txn.put(Row::Seed(Box::new(SeedRow { vm: id, seed })));
+    }
     let target = target(TargetKind::Vm, id.0, &wanted.name);
     if !wanted.start {
         return request::done(txn, request, operation, OperationKind::CreateVm, target);
@@ -95,6 +101,8 @@ pub(crate) fn start_verb(world: &World, id: VmId, host: HostId) -> Verb {
     Verb::Start {
         definition: Box::new(definition),
         paused: false,
+        // Each order gets it as it is sent: the outbox keeps no secret.
+        seed: None,
     }
 }
 
@@ -137,6 +145,7 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
     }
     let template = request::template(world, actor, &wanted.template)?;
     let pools = ready(template)?;
+    seed_bounds(wanted, template)?;
     let disk_bytes = disk(wanted, template)?;
     projects::within(&world.projects[&actor.project], usage(wanted, disk_bytes))?;
     let (network, subnet, ip) = address(world, request, wanted)?;
@@ -209,6 +218,55 @@ fn bounds(wanted: &CreateVm) -> Result<(), Box<Refusal>> {
             invalid(message, "give it a multiple of 512 bytes")
         }
         _ => Ok(()),
+    }
+}
+
+/// What is for the guest itself: whether it can be told, and within bounds. User-data is never repeated in a message.
+fn seed_bounds(wanted: &CreateVm, template: &Template) -> Result<(), Box<Refusal>> {
+    let name = &wanted.name;
+    let given = wanted.hostname.is_some() || !wanted.ssh_keys.is_empty() || wanted.user_data.is_some();
+    if given && template.content.seed == Seed::None {
+        let message = format!(
+            "VM {name}: guests of template {} take no seed, so a host name, SSH keys or user-data would not reach them",
+            template.name
+        );
+        let hint = "leave them out, or use a template that takes a seed: `godwit template build debian`, or `godwit template import --seed no-cloud`";
+        return Err(refuse(Code::Incompatible, message, hint));
+    }
+    let invalid = |message: String, hint: &str| Err(refuse(Code::InvalidInput, message, hint));
+    if wanted
+        .hostname
+        .as_deref()
+        .is_some_and(|hostname| !seed::is_hostname(hostname))
+    {
+        return invalid(
+            format!("VM {name}: the host name is none"),
+            "use letters, digits, hyphens and dots, at most 63 between dots and 253 in all",
+        );
+    }
+    let keys = wanted.ssh_keys.len();
+    if keys > seed::SSH_KEYS_MAX {
+        return invalid(format!("VM {name}: {keys} SSH keys are too many"), "give at most 32");
+    }
+    let checked = wanted.ssh_keys.iter().map(|key| seed::check_key(key));
+    if let Some((at, Err(problem))) = checked.enumerate().find(|(_, checked)| checked.is_err()) {
+        let message = format!("VM {name}: SSH key {} {problem}", at + 1);
+        return invalid(message, "give one line as in a .pub file");
+    }
+    let bytes = wanted.user_data.as_ref().map_or(0, |data| data.expose().len());
+    if bytes > seed::USER_DATA_BYTES_MAX {
+        let message = format!("VM {name}: {bytes} bytes of user-data are too many");
+        return invalid(message, "give at most 65536, and let it fetch the rest");
+    }
+    Ok(())
+}
+
+/// What the guest is told of itself.
+fn guest_seed(wanted: &CreateVm) -> GuestSeed {
+    GuestSeed {
+        hostname: wanted.hostname.clone().unwrap_or_else(|| wanted.name.to_string()),
+        ssh_keys: wanted.ssh_keys.clone(),
+        user_data: wanted.user_data.clone(),
     }
 }
 
@@ -382,7 +440,11 @@ fn row_of(
     let volumes: Vec<VolumeId> = volume.map(|volume| volume.id).into_iter().collect();
     let fix = |hypervisor| {
         let (vcpus, memory) = (wanted.vcpus, wanted.memory_mib);
-        Layout::fix(wanted.family, hypervisor, vcpus, memory, &[port.id], &volumes)
+        let layout = Layout::fix(wanted.family, hypervisor, vcpus, memory, &[port.id], &volumes)?;
+        Some(match decided.template.content.seed {
+            Seed::None => layout,
+            Seed::NoCloud => layout.with_seed(),
+        })
     };
     let layout = hypervisor.and_then(fix).ok_or_else(|| {
         let message = format!("host {} has no machine of family {}", host.name, wanted.family);

@@ -152,7 +152,7 @@ impl Index {
                 }
             }
             Row::Answer(row) => set(&mut self.answered, (row.at, row.project, row.key.clone()), there),
-            Row::Outbox(_) | Row::Notice(_) | Row::Audit(_) => {}
+            Row::Outbox(_) | Row::Notice(_) | Row::Audit(_) | Row::Seed(_) => {}
         }
     }
 

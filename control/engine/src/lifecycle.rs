@@ -327,6 +327,7 @@ pub(crate) fn erase(txn: &mut Txn<'_>, id: VmId) {
         memory_mib: vm.spec.memory_mib,
         disk_bytes: disks.map(|disk| disk.size_bytes).sum(),
     };
+    txn.delete(Key::Seed(id));
     for id in &vm.volumes {
         let pool = txn.world().volumes.get(id).map(|volume| volume.pool);
         txn.delete(Key::Volume(*id));

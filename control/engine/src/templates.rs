@@ -7,7 +7,7 @@ use model::{
     operation::TargetKind,
     order::{Subject, TemplateOrder, TemplateReport, TemplateVerb},
     storage::Digest,
-    template::{Boot, Content, IMPORT_MAX, TemplateState},
+    template::{Boot, Content, IMPORT_MAX, Seed, TemplateState},
 };
 use uuid::Uuid;
 
@@ -105,6 +105,12 @@ fn vet(name: &Name, content: &Content) -> Result<(), Box<Refusal>> {
     }
     if content.boot == Boot::Bios && content.disk.is_none() {
         return invalid("it has neither a kernel nor a disk", "give it a disk to start from");
+    }
+    if content.seed != Seed::None && content.disk.is_none() {
+        return invalid(
+            "its guests take a seed and it has no disk, beside which that would lie",
+            "give it a disk, or no seed",
+        );
     }
     if content
         .blobs()

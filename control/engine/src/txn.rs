@@ -183,7 +183,8 @@ impl<'w> Txn<'w> {
             order: order.clone(),
         };
         self.put(Row::Outbox(Box::new(row)));
-        self.others.push(Effect::Send(host, Box::new(order)));
+        let order = Box::new(self.world.seeded(order));
+        self.others.push(Effect::Send(host, order));
     }
 
     /// Sends an order that nobody keeps: the sender repeats it.

@@ -10,7 +10,8 @@ use model::{
     change::{Answer, OutboxRow},
     id::Sequence,
     operation::Progress,
-    order::Subject,
+    order::{Subject, Verb},
+    seed::SeedRow,
 };
 use thiserror::Error;
 
@@ -35,6 +36,7 @@ pub struct World {
     pub(crate) answers: BTreeMap<(ProjectId, String), Answer>,
     pub(crate) notices: BTreeMap<Sequence, Box<Notice>>,
     pub(crate) users: BTreeMap<UserId, Box<User>>,
+    pub(crate) seeds: BTreeMap<VmId, Box<SeedRow>>,
     pub(crate) index: Index,
     pub(crate) transient: Transient,
 }
@@ -91,6 +93,7 @@ impl PartialEq for World {
             && self.answers == other.answers
             && self.notices == other.notices
             && self.users == other.users
+            && self.seeds == other.seeds
     }
 }
 
@@ -158,6 +161,9 @@ impl World {
                 )?;
             }
         }
+        for id in self.seeds.keys() {
+            need(self.vms.contains_key(id), Key::Seed(*id), format!("VM {id}"))?;
+        }
         for port in self.ports.values() {
             let subnet = self.subnets.contains_key(&port.subnet);
             need(subnet, Key::Port(port.id), format!("subnet {}", port.subnet))?;
@@ -191,12 +197,22 @@ impl World {
     }
 
     /// The orders that a host has not answered: sent again whenever it connects.
-    pub fn outbox(&self, host: HostId) -> impl Iterator<Item = &Order> {
+    pub fn outbox(&self, host: HostId) -> impl Iterator<Item = Order> {
         let first = (host, Subject::Vm(VmId(uuid_min())));
         self.outbox
             .range(first..)
             .take_while(move |((of, _), _)| *of == host)
-            .map(|(_, row)| &row.order)
+            .map(|(_, row)| self.seeded(row.order.clone()))
+    }
+
+    /// An order as its host gets it: one that starts a VM brings what its guest is told, which the outbox does not keep.
+    pub(crate) fn seeded(&self, mut order: Order) -> Order {
+        if let Order::Vm(order) = &mut order
+            && let Verb::Start { seed, .. } = &mut order.verb
+        {
+            *seed = self.seeds.get(&order.vm).map(|row| Box::new(row.seed.clone()));
+        }
+        order
     }
 
     /// An API token, with the hash of its secret to compare.
@@ -333,6 +349,7 @@ impl World {
         rows.extend(self.answers.values().cloned().map(Row::Answer));
         rows.extend(self.notices.values().cloned().map(Row::Notice));
         rows.extend(self.users.values().cloned().map(Row::User));
+        rows.extend(self.seeds.values().cloned().map(Row::Seed));
         rows
     }
 
@@ -355,6 +372,7 @@ impl World {
             Key::Answer(project, key) => self.answers.contains_key(&(*project, key.clone())),
             Key::Notice(sequence) => self.notices.contains_key(sequence),
             Key::User(id) => self.users.contains_key(id),
+            Key::Seed(vm) => self.seeds.contains_key(vm),
             Key::Audit(_) => false,
         }
     }
@@ -378,6 +396,7 @@ impl World {
             Row::Answer(row) => self.answers.get(&(row.project, row.key.clone())) == Some(row),
             Row::Notice(row) => self.notices.get(&row.sequence) == Some(row),
             Row::User(row) => self.users.get(&row.id) == Some(row),
+            Row::Seed(row) => self.seeds.get(&row.vm) == Some(row),
             Row::Audit(_) => false,
         }
     }
@@ -403,6 +422,7 @@ impl World {
             Row::Answer(row) => drop(self.answers.insert((row.project, row.key.clone()), row)),
             Row::Notice(row) => drop(self.notices.insert(row.sequence, row)),
             Row::User(row) => drop(self.users.insert(row.id, row)),
+            Row::Seed(row) => drop(self.seeds.insert(row.vm, row)),
             // Written once and read from the store alone.
             Row::Audit(_) => {}
         }
@@ -427,6 +447,7 @@ impl World {
             Key::Answer(project, key) => self.answers.remove(&(*project, key.clone())).map(Row::Answer),
             Key::Notice(sequence) => self.notices.remove(sequence).map(Row::Notice),
             Key::User(id) => self.users.remove(id).map(Row::User),
+            Key::Seed(vm) => self.seeds.remove(vm).map(Row::Seed),
             Key::Audit(_) => None,
         }?;
         self.index.touch(&row, false);

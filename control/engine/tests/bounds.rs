@@ -136,7 +136,7 @@ fn a_deletion_that_is_answered_late_deletes_the_vm_and_meanwhile_it_is_not_start
     let kept = cell
         .world
         .outbox(at)
-        .any(|order| matches!(order, Order::Vm(order) if order.revision == delete.revision));
+        .any(|order| matches!(&order, Order::Vm(order) if order.revision == delete.revision));
     assert!(kept, "a host that was away carries it out");
     let refusal = cell.ask(Command::StartVm(by_name("web1"))).unwrap_err();
     assert_eq!(refusal.code, Code::WrongState);

@@ -508,7 +508,7 @@ impl Run {
         }
         self.cell.report(at, Report::Inventory { vms });
         self.route();
-        let waiting: Vec<Order> = self.cell.world.outbox(at).cloned().collect();
+        let waiting: Vec<Order> = self.cell.world.outbox(at).collect();
         self.agents.get_mut(&at).unwrap().inbox = waiting.into();
     }
 

@@ -8,6 +8,7 @@ use crate::{
     Volume, VolumeId,
     access::{ApiToken, JoinToken},
     order::Subject,
+    seed::SeedRow,
 };
 
 /// One row of the durable world.
@@ -48,6 +49,8 @@ pub enum Row {
     User(Box<User>),
     /// An entry of the audit log. It is only written: the world in memory never holds it.
     Audit(Box<AuditEntry>),
+    /// What a VM's guest is told at its first start.
+    Seed(Box<SeedRow>),
 }
 
 /// The newest order about a subject that a host has not answered.
@@ -111,6 +114,8 @@ pub enum Key {
     User(UserId),
     /// An entry of the audit log.
     Audit(AuditId),
+    /// What a VM's guest is told.
+    Seed(VmId),
 }
 
 /// A change of the durable world.
@@ -144,6 +149,7 @@ impl Row {
             Self::Notice(row) => Key::Notice(row.sequence),
             Self::User(row) => Key::User(row.id),
             Self::Audit(row) => Key::Audit(row.id),
+            Self::Seed(row) => Key::Seed(row.vm),
         }
     }
 }

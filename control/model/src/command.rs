@@ -10,6 +10,7 @@ use crate::{
     audit::AuditNote,
     layout::Family,
     name::Reference,
+    seed::UserData,
     template::Content,
 };
 
@@ -358,6 +359,15 @@ pub struct CreateVm {
     /// Start it.
     #[serde(default = "yes")]
     pub start: bool,
+    /// Its guest's host name; `None` is the VM's name. Only for templates whose guests take a seed, as what follows.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// Public keys of the people who may log in, each a line as in a `.pub` file; at most 32.
+    #[serde(default)]
+    pub ssh_keys: Vec<String>,
+    /// What cloud-init does at the guest's first start, at most 64 KiB. A secret: it is never told again.
+    #[serde(default)]
+    pub user_data: Option<UserData>,
 }
 
 const fn one() -> u16 {

@@ -52,7 +52,7 @@ impl fmt::Display for Family {
 /// A VM's exact hardware.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Layout {
-    /// Form of this record; 1 now. A driver refuses a version it does not know.
+    /// Form of this record: 1, or 2 with a seed. A driver refuses a version it does not know.
     pub version: u16,
     /// Its machine family.
     pub family: Family,
@@ -68,6 +68,18 @@ pub struct Layout {
     pub memory_mib: u64,
     /// Its devices, each at its address.
     pub devices: Vec<Device>,
+    /// Where the disk sits that tells the guest who it is; `None` where it gets none. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<SeedDevice>,
+}
+
+/// Where the disk sits that tells a guest who it is: virtio, read-only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SeedDevice {
+    /// The bus it sits on: `pcie.0`.
+    pub bus: String,
+    /// Its slot there, 1 to 31.
+    pub slot: u8,
 }
 
 /// A device at its address.
@@ -100,13 +112,17 @@ pub enum DeviceKind {
 }
 
 impl Layout {
-    /// The version of this record that is written now.
-    pub const VERSION: u16 = 1;
+    /// The newest version of this record.
+    pub const VERSION: u16 = 2;
+    /// The version that is written where nothing newer is needed: hosts of before know it.
+    const PLAIN: u16 = 1;
 
     /// Slot of the first network card; up to 8 follow.
     const NET_SLOT: u8 = 2;
     /// Slot of the first disk; up to 16 follow.
     const DISK_SLOT: u8 = 10;
+    /// Slot of the seed's disk: after the last disk, so that it is never a guest's first.
+    const SEED_SLOT: u8 = 26;
     /// Most network cards of a VM.
     pub const PORTS_MAX: usize = 8;
     /// Most disks of a VM.
@@ -143,7 +159,7 @@ impl Layout {
             Accelerator::Tcg => "qemu64",
         };
         Some(Self {
-            version: Self::VERSION,
+            version: Self::PLAIN,
             family,
             machine,
             accelerator: hypervisor.accelerator,
@@ -151,6 +167,57 @@ impl Layout {
             vcpus,
             memory_mib,
             devices,
+            seed: None,
         })
+    }
+
+    /// The same with a disk that tells the guest who it is.
+    #[must_use]
+    pub fn with_seed(self) -> Self {
+        let seed = SeedDevice {
+            bus: self.family.bus().to_owned(),
+            slot: Self::SEED_SLOT,
+        };
+        Self {
+            version: Self::VERSION,
+            seed: Some(seed),
+            ..self
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn fixed() -> Layout {
+        let hypervisor = Hypervisor {
+            kind: "qemu".to_owned(),
+            version: "7.2".to_owned(),
+            accelerator: Accelerator::Tcg,
+            accelerator_reason: String::new(),
+            machines: BTreeMap::from([(Family::Q35, "pc-q35-7.2".to_owned())]),
+            machine_types: BTreeSet::new(),
+            migration: BTreeSet::new(),
+        };
+        let (port, volume) = (PortId(Uuid::from_u128(1)), VolumeId(Uuid::from_u128(2)));
+        Layout::fix(Family::Q35, &hypervisor, 2, 512, &[port], &[volume]).unwrap()
+    }
+
+    /// What VMs that run were built from. These bytes never change.
+    #[test]
+    fn stored_layouts_of_each_version_are_read_and_written_as_they_are() {
+        for (text, layout) in [
+            (include_str!("../fixtures/layout-v1.json"), fixed()),
+            (include_str!("../fixtures/layout-v2.json"), fixed().with_seed()),
+        ] {
+            assert_eq!(serde_json::from_str::<Layout>(text).unwrap(), layout);
+            let stored: serde_json::Value = serde_json::from_str(text).unwrap();
+            assert_eq!(serde_json::to_value(&layout).unwrap(), stored);
+        }
     }
 }

@@ -10,7 +10,7 @@
 //! - One representation of each thing: every other room uses these types; only `wire` wraps them for the road.
 //! - Pure values: no clock, randomness, file, network or SQL. Ids and times arrive from outside.
 //! - Serialised forms are additive: readers ignore unknown fields and default missing ones, so N reads N-1.
-//! - Nothing secret is a plain field: see [`secret::Secret`].
+//! - Nothing secret is a plain field: see [`secret::Secret`] and [`seed::UserData`].
 
 pub mod access;
 pub mod audit;
@@ -28,6 +28,7 @@ pub mod order;
 pub mod query;
 pub mod refusal;
 pub mod secret;
+pub mod seed;
 pub mod storage;
 mod story;
 pub mod template;

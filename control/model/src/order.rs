@@ -9,6 +9,7 @@ use crate::{
     Revision, TemplateId, Terms, VmId, VolumeId,
     layout::Layout,
     operation::Progress,
+    seed::GuestSeed,
     storage::{Digest, Format},
     template::{Boot, Content},
 };
@@ -52,6 +53,10 @@ pub enum Verb {
         definition: Box<Definition>,
         /// Make it stand at its first instruction.
         paused: bool,
+        /// What its guest is told at its first start, where its layout has a seed. It may hold secrets: neither the outbox nor a
+        /// host's journal has it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seed: Option<Box<GuestSeed>>,
     },
     /// Ask the guest to power off; after the grace, end it.
     Stop {

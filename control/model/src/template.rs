@@ -34,6 +34,20 @@ pub struct Content {
     pub disk: Option<Disk>,
     /// Smallest memory its guests need, MiB.
     pub memory_mib_min: u64,
+    /// How its guests learn who they are at their first start.
+    #[serde(default)]
+    pub seed: Seed,
+}
+
+/// How a guest learns its host name, its addresses and who may log in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seed {
+    /// Not at all; or by its kernel's command line, where the hypervisor loads that.
+    #[default]
+    None,
+    /// From a small read-only disk that cloud-init finds by its label (its datasource NoCloud).
+    NoCloud,
 }
 
 /// How a guest starts.

@@ -14,7 +14,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let to = std::env::args_os().nth(1).ok_or("name the file to write")?;
     let dir = tempfile::tempdir()?;
     let (store, _) = Store::open(dir.path()).await?;
-    store.commit(support::put(support::world_v2())).await?;
+    store.commit(support::put(support::world_v3())).await?;
     drop(store);
     let path = dir.path().join("cell.sqlite");
     let mut raw = SqliteConnection::connect(path.to_str().ok_or("the temporary directory is not UTF-8")?).await?;

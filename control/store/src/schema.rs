@@ -11,7 +11,7 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 pub(crate) const BODY_VERSION: i64 = 1;
 
 /// The n-th leads from schema n to schema n + 1.
-const MIGRATIONS: [&str; 2] = [V1, V2];
+const MIGRATIONS: [&str; 3] = [V1, V2, V3];
 
 /// Why the schema could not be brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -206,4 +206,13 @@ CREATE TABLE audit_entry (
 );
 CREATE INDEX audit_entry_project ON audit_entry (project_id, id);
 CREATE INDEX audit_entry_subject ON audit_entry (subject, id);
+";
+
+/// What guests are told at their first start. It may hold secrets: no other table has it, and it goes with its VM.
+const V3: &str = "
+CREATE TABLE vm_seed (
+    vm_id TEXT PRIMARY KEY REFERENCES vm (id) DEFERRABLE INITIALLY DEFERRED,
+    body_version BIGINT NOT NULL,
+    body TEXT NOT NULL
+);
 ";

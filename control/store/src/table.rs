@@ -6,6 +6,7 @@ use model::{
     AuditEntry, Change, Key, Notice, Operation, Order, Row, User,
     change::{Answer, OutboxRow},
     order::Subject,
+    seed::SeedRow,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -42,6 +43,7 @@ pub(crate) enum Table {
     Notice,
     User,
     Audit,
+    Seed,
 }
 
 struct Definition {
@@ -77,7 +79,7 @@ pub enum EncodeError {
 }
 
 impl Table {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Project,
         Self::Host,
         Self::Pool,
@@ -95,6 +97,7 @@ impl Table {
         Self::Notice,
         Self::User,
         Self::Audit,
+        Self::Seed,
     ];
 
     // tidy: long because it is the list of all tables.
@@ -176,6 +179,7 @@ impl Table {
             Self::User => ("cell_user", id, &["name"], Always),
             // What was written stays as it was written.
             Self::Audit => ("audit_entry", id, &["project_id", "subject"], Never),
+            Self::Seed => ("vm_seed", &["vm_id"], &[], Always),
         };
         Definition {
             name,
@@ -226,6 +230,7 @@ impl Table {
             Self::ApiToken => Some("SELECT body_version, body FROM api_token ORDER BY id"),
             Self::Outbox => Some("SELECT body_version, body FROM outbox ORDER BY host_id, subject"),
             Self::User => Some("SELECT body_version, body FROM cell_user ORDER BY id"),
+            Self::Seed => Some("SELECT body_version, body FROM vm_seed ORDER BY vm_id"),
             Self::Answer | Self::Notice | Self::Audit => None,
         }
     }
@@ -253,6 +258,7 @@ impl Table {
             Self::Notice => Row::Notice(read(body)?),
             Self::User => Row::User(read(body)?),
             Self::Audit => Row::Audit(read(body)?),
+            Self::Seed => Row::Seed(read(body)?),
         })
     }
 }
@@ -334,6 +340,7 @@ fn key_values(key: &Key) -> Result<(Table, Vec<Value>), EncodeError> {
         Key::Notice(sequence) => (Table::Notice, vec![number(sequence.0)?]),
         Key::User(id) => (Table::User, vec![text(id)]),
         Key::Audit(id) => (Table::Audit, vec![text(id)]),
+        Key::Seed(vm) => (Table::Seed, vec![text(vm)]),
     })
 }
 
@@ -416,6 +423,7 @@ fn columns(row: &Row, to: &mut Vec<Value>) -> Result<String, EncodeError> {
             to.extend([maybe(row.project), text(&row.subject)]);
             json::<AuditEntry>(row)
         }
+        Row::Seed(row) => json::<SeedRow>(row),
     }
 }
 

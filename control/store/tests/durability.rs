@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use model::{Row, Timestamp, audit::AuditFilter, id::Sequence, query::Page};
+use model::{Change, Row, Timestamp, audit::AuditFilter, id::Sequence, query::Page};
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     thread::{UnshareFlags, unshare_unsafe},
@@ -23,6 +23,7 @@ use support::*;
 const WRITER_DIR: &str = "STORE_TEST_WRITER_DIR";
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v1.sqlite");
 const FIXTURE_V2: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v2.sqlite");
+const FIXTURE_V3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/v3.sqlite");
 
 fn vms(rows: &[Row]) -> Vec<u128> {
     rows.iter()
@@ -331,6 +332,33 @@ async fn a_store_of_schema_2_opens_with_all_its_rows() {
     assert_eq!(sorted(loaded.rows), in_world(&world_v2()));
     let all = store.audit(&AuditFilter::default(), page(10, None)).await.unwrap();
     assert_eq!((all.items.len(), all.next), (1, None));
+}
+
+#[tokio::test]
+async fn a_store_of_schema_3_opens_with_all_its_rows_and_a_seed_goes_with_its_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(FIXTURE_V3, dir.path().join("cell.sqlite")).unwrap();
+    let (store, loaded) = Store::open(dir.path()).await.unwrap();
+    assert_eq!(sorted(loaded.rows), in_world(&world_v3()));
+    let gone = |row: &Row| matches!(row, Row::Vm(_) | Row::Port(_) | Row::Volume(_));
+    let vm: Vec<Change> = creation(0x100, 1)
+        .iter()
+        .filter(|row| gone(row))
+        .map(|row| Change::Delete(row.key()))
+        .collect();
+    let kept = store.commit(vm.clone()).await;
+    assert!(kept.is_err(), "a seed without its VM is refused");
+    let with_seed = vm.into_iter().chain([Change::Delete(seed(0x100).key())]).collect();
+    store.commit(with_seed).await.unwrap();
+    assert!(
+        !store
+            .reload()
+            .await
+            .unwrap()
+            .rows
+            .iter()
+            .any(|row| matches!(row, Row::Seed(_)))
+    );
 }
 
 fn page(limit: usize, after: Option<uuid::Uuid>) -> Page {

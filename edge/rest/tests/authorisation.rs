@@ -22,7 +22,7 @@ use model::{
     id::{Generation, Revision},
     layout::{Family, Layout},
     operation::{Target, TargetKind},
-    template::{Boot, Content, TemplateState},
+    template::{Boot, Content, Seed, TemplateState},
     vm::Power,
 };
 use serde_json::{Value, json};
@@ -165,6 +165,7 @@ fn things(project: ProjectId) -> Vec<Change> {
         boot: Boot::Bios,
         disk: None,
         memory_mib_min: 64,
+        seed: Seed::None,
     };
     let rows = [
         Row::Template(Box::new(Template {
@@ -196,6 +197,7 @@ fn things(project: ProjectId) -> Vec<Change> {
                 vcpus: 1,
                 memory_mib: 512,
                 devices: Vec::new(),
+                seed: None,
             },
             ports: Vec::new(),
             volumes: Vec::new(),

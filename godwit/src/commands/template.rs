@@ -8,7 +8,7 @@ use model::{
     Name, Template as View,
     name::Reference,
     storage::Format,
-    template::{Boot, Content, Disk, TemplateState},
+    template::{Boot, Content, Disk, Seed, TemplateState},
 };
 use serde_json::json;
 
@@ -56,6 +56,15 @@ enum DiskFormat {
     Raw,
 }
 
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Seeded {
+    /// Not at all
+    #[default]
+    None,
+    /// From a small disk that cloud-init reads
+    NoCloud,
+}
+
 /// A template to make of files.
 #[derive(Args, Debug)]
 pub(crate) struct Import {
@@ -85,6 +94,9 @@ pub(crate) struct Import {
     /// Least memory that its guests need, such as 256M
     #[arg(long, default_value = "64M", value_parser = units::mebibytes, value_name = "SIZE")]
     memory_min: u64,
+    /// How its guests learn their host name, addresses and SSH keys; `no-cloud` is for images with cloud-init
+    #[arg(long, value_enum, default_value_t)]
+    seed: Seeded,
     #[command(flatten)]
     wait: Wait,
 }
@@ -135,6 +147,10 @@ impl Import {
             boot,
             disk,
             memory_mib_min: self.memory_min,
+            seed: match self.seed {
+                Seeded::None => Seed::None,
+                Seeded::NoCloud => Seed::NoCloud,
+            },
         };
         create(session, &self.name, &content, self.wait).await
     }

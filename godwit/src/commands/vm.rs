@@ -5,6 +5,7 @@ use clap_complete::ArgValueCompleter;
 use model::{Name, command::CreateVm, layout::Family, name::Reference, query::VmView};
 use serde_json::json;
 
+use self::guest::Guest;
 use super::{Heading, Session, completion, host::said, plan};
 use crate::{
     exit::Failure,
@@ -13,6 +14,7 @@ use crate::{
 };
 
 mod console;
+mod guest;
 
 /// What can be done with VMs.
 #[derive(Subcommand, Debug)]
@@ -113,6 +115,8 @@ pub(crate) struct Create {
     /// Its pool; without it one is chosen
     #[arg(long)]
     pool: Option<Reference>,
+    #[command(flatten)]
+    guest: Guest,
     /// Make it, and leave it off
     #[arg(long)]
     no_start: bool,
@@ -165,6 +169,7 @@ impl Create {
             Machine::Q35 => Family::Q35,
             Machine::Pc => Family::Pc,
         };
+        let guest = self.guest.read()?;
         let wanted = CreateVm {
             name: self.name,
             template: self.template,
@@ -176,6 +181,9 @@ impl Create {
             host: self.host,
             pool: self.pool,
             start: !self.no_start,
+            hostname: guest.hostname,
+            ssh_keys: guest.ssh_keys,
+            user_data: guest.user_data,
         };
         if self.dry_run {
             let answer = session.client.post("/v1/vms?dry_run=true", &wanted).await?;

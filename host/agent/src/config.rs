@@ -159,6 +159,12 @@ impl AgentConfig {
         self.run_dir.join(vm.to_string())
     }
 
+    /// Where what guests are to be told waits for its disk.
+    #[must_use]
+    pub(crate) fn seeds_dir(&self) -> PathBuf {
+        self.state_dir.join("seeds")
+    }
+
     /// Where the VMs' directories of logs are.
     #[must_use]
     pub fn logs_dir(&self) -> PathBuf {

@@ -29,6 +29,7 @@ mod ports;
 mod reports;
 mod room;
 mod runner;
+mod seeds;
 mod session;
 mod shared;
 mod standstill;

@@ -34,6 +34,7 @@ use crate::{
     console::Serial,
     journal,
     ports::{self, Found, Ports},
+    seeds,
     shared::{Shared, Shown, lock},
     standstill::{Move, Standstill},
     template::{chain, fetch_blob, named},
@@ -167,6 +168,7 @@ impl Runner {
             self.take(input).await;
             while self.gone {
                 self.remove_logs();
+                seeds::forget(&self.shared.config.seeds_dir(), self.vm);
                 // Under the same lock as feeding: nothing that comes now is lost.
                 match self.shared.forget(self.vm, &mut queue) {
                     Some(fed) => self.take(fed).await,
@@ -186,7 +188,11 @@ impl Runner {
                 Input::Prepared(Ok(prepared.launch))
             }
             Fed::Ports(found) => return self.ports.found(&self.shared.network, self.vm, found),
-            Fed::Prepared(Err(reason)) => Input::Prepared(Err(reason)),
+            Fed::Prepared(Err(reason)) => {
+                // The next order to start it brings it again.
+                seeds::forget(&self.shared.config.seeds_dir(), self.vm);
+                Input::Prepared(Err(reason))
+            }
             // The first thing that it tells is how it is.
             Fed::Started(Ok(machine)) => return self.got(machine),
             Fed::Started(Err(reason)) => Input::Driver(Happened::NotUp { reason }),
@@ -371,9 +377,10 @@ impl Runner {
 
     fn delete_files(&self, volumes: Vec<VolumePlace>) {
         let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
-        let logs = self.shared.config.vm_log_dir(self.vm);
+        let (logs, vm) = (self.shared.config.vm_log_dir(self.vm), self.vm);
         tokio::task::spawn_blocking(move || {
-            let result = delete_volumes(&shared, &volumes);
+            let result = delete_volumes(&shared, vm, &volumes);
+            seeds::forget(&shared.config.seeds_dir(), vm);
             let _ = remove_logs(&logs);
             let _ = back.blocking_send(Fed::Input(Input::FilesDeleted(result)));
         });
@@ -568,6 +575,7 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Pre
             base: base.map(Into::into),
         });
     }
+    given.seed = seeds::disk(shared, &definition, mode)?;
     let mut ports = vec![];
     for port in &definition.ports {
         let remove = shared.network.remove(port.port);
@@ -591,9 +599,14 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Pre
     })
 }
 
-fn delete_volumes(shared: &Shared, volumes: &[VolumePlace]) -> Result<(), Refusal> {
+/// The VM's volumes, and its seed, which lies beside them.
+fn delete_volumes(shared: &Shared, vm: VmId, volumes: &[VolumePlace]) -> Result<(), Refusal> {
     for place in volumes {
         let pool = named(shared, place.pool)?;
+        pool.pool.delete_seed(vm).map_err(|error| {
+            let message = format!("the seed of VM {vm} was not deleted: {}", chain(&error));
+            Refusal::new(Code::HostFailed, message)
+        })?;
         pool.pool.delete_volume(place.volume, place.format).map_err(|error| {
             Refusal::new(
                 Code::HostFailed,

@@ -29,6 +29,7 @@ use crate::{
     reports::Reports,
     room::{Room, RoomError},
     runner::{self, Fed},
+    seeds,
     session::Link,
     template, tunnel,
 };
@@ -221,7 +222,8 @@ impl Shared {
     /// Carries out an order.
     pub(crate) fn order(shared: &Arc<Self>, order: Order) {
         match order {
-            Order::Vm(order) => {
+            Order::Vm(mut order) => {
+                seeds::take(shared, &mut order);
                 shared.epoch.fetch_max(order.epoch.0, Ordering::Relaxed);
                 shared.feed(order.vm, Input::Order(order), true);
             }
@@ -309,13 +311,13 @@ impl Shared {
     pub(crate) fn take_up(self: &Arc<Self>) {
         let mut saved: Vec<Saved> = lock(&self.journal).saved().cloned().collect();
         let gone = |saved: &Saved| saved.role == task::Role::None && saved.pending.is_none();
-        self.sweep_logs(
-            &saved
-                .iter()
-                .filter(|saved| !gone(saved))
-                .map(|saved| saved.vm)
-                .collect(),
-        );
+        let here: BTreeSet<VmId> = saved
+            .iter()
+            .filter(|saved| !gone(saved))
+            .map(|saved| saved.vm)
+            .collect();
+        self.sweep_logs(&here);
+        seeds::sweep(&self.config.seeds_dir(), &here);
         saved.sort_by_key(|saved| matches!(saved.role, task::Role::Holder | task::Role::None));
         for saved in saved {
             // Of an older boot nothing is left to clear away.

@@ -373,6 +373,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 64,
             devices: vec![],
+            seed: None,
         };
         Definition {
             vm: VM,

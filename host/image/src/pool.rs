@@ -5,6 +5,7 @@
 //!   incoming/<uuid>/<n>    files not finished; renamed into place, or removed
 //!   blobs/<sha256>         0444, never changed once there
 //!   volumes/<uuid>.<format> 0600, of the VM's own user
+//!   volumes/<uuid>.seed    0400, what a VM's guest is told at its first start; never changed
 //! ```
 //!
 //! Several hosts may open one shared pool. A host that died leaves its incoming directory unlocked: the next [`Pool::open`]

@@ -5,31 +5,17 @@
 //! the person's own, byte by byte.
 
 use crate::iso::{self, Member};
-use model::Mac;
+use crate::pool::{Pool, PoolError, VOLUMES};
+use model::seed::{SSH_KEYS_MAX, USER_DATA_BYTES_MAX, check_key, is_hostname};
+use model::{Mac, VmId};
+use rustix::fs::{Mode, OFlags};
 use serde_json::{Map, Value, json};
+use std::io::{ErrorKind, Write as _};
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::OwnedFd;
 
-/// Largest user-data, bytes.
-pub const USER_DATA_BYTES_MAX: usize = 64 << 10;
-/// Most SSH keys.
-pub const SSH_KEYS_MAX: usize = 32;
-/// Longest SSH key, bytes: an RSA key of 16384 bits, and a comment.
-pub const SSH_KEY_BYTES_MAX: usize = 4 << 10;
-/// Longest host name (RFC 1123, section 2.1), and longest part of it.
-const HOSTNAME_BYTES_MAX: usize = 253;
-const LABEL_BYTES_MAX: usize = 63;
 const PORTS_MAX: usize = 16;
 const DNS_MAX: usize = 8;
-/// Kinds of keys that OpenSSH knows (sshd(8), AUTHORIZED_KEYS FILE FORMAT). DSA is dead.
-const KEY_KINDS: [&str; 7] = [
-    "ssh-ed25519",
-    "ssh-rsa",
-    "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519@openssh.com",
-    "sk-ecdsa-sha2-nistp256@openssh.com",
-];
 /// The volume's label, by which cloud-init finds it.
 const LABEL: &str = "cidata";
 
@@ -179,43 +165,48 @@ impl Seed {
     }
 }
 
-/// A host name as people give it.
-#[must_use]
-pub fn is_hostname(name: &str) -> bool {
-    let sound = |label: &str| {
-        (1..=LABEL_BYTES_MAX).contains(&label.len())
-            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    name.len() <= HOSTNAME_BYTES_MAX && name.split('.').all(sound)
+/// Read by our own agents alone: QEMU gets it open.
+const SEED_MODE: Mode = Mode::RUSR;
+
+impl Pool {
+    /// Opens a VM's seed image for reading; `None` when there is none.
+    ///
+    /// # Errors
+    /// See [`PoolError`]. Whatever lies under its name but a file is refused.
+    pub fn open_seed(&self, vm: VmId) -> Result<Option<OwnedFd>, PoolError> {
+        let name = format!("{VOLUMES}/{}", seed_name(vm));
+        match self.open_beneath(&name, OFlags::RDONLY | OFlags::NONBLOCK) {
+            Err(error) if error.source.kind() == ErrorKind::NotFound => Ok(None),
+            file => self.regular(&name, file?).map(Some),
+        }
+    }
+
+    /// Keeps a VM's seed image beside its volumes, durably, at once: nobody sees it half. One that is there is replaced.
+    ///
+    /// # Errors
+    /// See [`PoolError`]. Nothing is left of one that was not kept.
+    pub fn keep_seed(&self, vm: VmId, image: &[u8]) -> Result<(), PoolError> {
+        let incoming = self.incoming(0)?;
+        let written = (&mut incoming.file()).write_all(image);
+        written.map_err(|source| PoolError {
+            doing: "write",
+            path: incoming.path(),
+            source,
+        })?;
+        incoming.keep(VOLUMES, &seed_name(vm), SEED_MODE)
+    }
+
+    /// Removes a VM's seed image; false when it was not there.
+    ///
+    /// # Errors
+    /// See [`PoolError`].
+    pub fn delete_seed(&self, vm: VmId) -> Result<bool, PoolError> {
+        self.delete(VOLUMES, &seed_name(vm))
+    }
 }
 
-fn check_key(key: &str) -> Result<(), &'static str> {
-    if key.len() > SSH_KEY_BYTES_MAX {
-        return Err("is longer than 4096 bytes");
-    }
-    if key.chars().any(char::is_control) {
-        return Err("is more than one line");
-    }
-    if key.contains("PRIVATE KEY") {
-        return Err("is a private key, which nobody else should see");
-    }
-    let mut words = key.split_ascii_whitespace();
-    if !words.next().is_some_and(|kind| KEY_KINDS.contains(&kind)) {
-        return Err("is of no kind that OpenSSH takes");
-    }
-    let is_base64 = |word: &str| {
-        word.starts_with("AAAA")
-            && word
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'='))
-    };
-    if words.next().is_some_and(is_base64) {
-        Ok(())
-    } else {
-        Err("has no key after its kind")
-    }
+fn seed_name(vm: VmId) -> String {
+    format!("{vm}.seed")
 }
 
 fn text(value: &Value) -> Vec<u8> {
@@ -293,9 +284,6 @@ mod tests {
             change(&mut seed);
             seed.iso().unwrap_err().to_string()
         };
-        let names = ["", "a\nb", "a b", "-a", "a-", "a..b", "a_b", "ä", "a: b"];
-        assert!(names.iter().all(|name| !is_hostname(name)));
-        assert!(!is_hostname(&"a".repeat(64)) && is_hostname("a1.b-c"));
         assert!(refused(|seed| seed.hostname = "a\nruncmd: [x]".into()).contains("no host name"));
         assert!(refused(|seed| seed.instance_id = "a\n".into()).contains("no instance id"));
         assert!(refused(|seed| seed.ssh_keys.push("ssh-rsa AAAA\nssh-rsa AAAA".into())).contains("key 2"));
@@ -306,5 +294,30 @@ mod tests {
         assert!(refused(|seed| seed.ports[0].prefix = 33).contains("/33"));
         let told = refused(|seed| seed.user_data = Some(vec![b'x'; USER_DATA_BYTES_MAX + 1]));
         assert!(told.contains("65537 bytes") && !told.contains("xxx"), "{told}");
+    }
+
+    #[test]
+    fn a_pool_keeps_a_seed_beside_its_volumes_until_it_is_deleted() {
+        use std::io::Read as _;
+        use std::os::unix::fs::{MetadataExt as _, symlink};
+
+        let directory = tempfile::tempdir().unwrap();
+        let pool = Pool::open(directory.path()).unwrap();
+        let vm = VmId(uuid::Uuid::from_u128(7));
+        assert!(pool.open_seed(vm).unwrap().is_none());
+        let image = seed().iso().unwrap();
+        pool.keep_seed(vm, &image).unwrap();
+        pool.keep_seed(vm, &image).unwrap();
+        let path = directory.path().join(VOLUMES).join(format!("{vm}.seed"));
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o400);
+        let mut read = Vec::new();
+        let mut file = std::fs::File::from(pool.open_seed(vm).unwrap().unwrap());
+        file.read_to_end(&mut read).unwrap();
+        assert_eq!(read, image);
+        assert!(pool.delete_seed(vm).unwrap() && !pool.delete_seed(vm).unwrap());
+        assert!(pool.open_seed(vm).unwrap().is_none());
+        // Another host of the pool may put anything there.
+        symlink("/etc/passwd", &path).unwrap();
+        assert!(pool.open_seed(vm).is_err());
     }
 }

@@ -18,6 +18,9 @@ use serde_json::{Value, json};
 
 use crate::capability::SANDBOX;
 
+/// The descriptor set of the seed: after those of all disks and their bases.
+const SEED_SET: usize = 2 * Layout::VOLUMES_MAX;
+
 /// What of a definition cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ArgvError {
@@ -50,6 +53,8 @@ pub(crate) struct Descriptors {
     pub(crate) disks: Vec<DiskDescriptors>,
     /// Kernel and initial RAM disk.
     pub(crate) boot: Option<(RawFd, RawFd)>,
+    /// The disk that tells the guest who it is, to read.
+    pub(crate) seed: Option<RawFd>,
 }
 
 /// A disk's descriptors.
@@ -69,7 +74,7 @@ pub(crate) fn argv(
     descriptors: &Descriptors,
 ) -> Result<Vec<String>, ArgvError> {
     let layout = &definition.layout;
-    if layout.version != Layout::VERSION {
+    if !matches!(layout.version, 1 | Layout::VERSION) {
         return Err(ArgvError::Version(layout.version));
     }
     let mut argv = Argv::default();
@@ -101,6 +106,7 @@ pub(crate) fn argv(
             "the number of devices is not that of its ports and volumes".to_owned(),
         ));
     }
+    argv.seed(layout, descriptors.seed)?;
     argv.boot(definition, descriptors)?;
     if mode == Mode::Wait {
         argv.option("-incoming", "defer");
@@ -233,6 +239,29 @@ impl Argv {
         Ok(())
     }
 
+    /// Read-only, so that the guest cannot change what the next host reads; never booted from.
+    fn seed(&mut self, layout: &Layout, seed: Option<RawFd>) -> Result<(), ArgvError> {
+        let (place, fd) = match (&layout.seed, seed) {
+            (None, None) => return Ok(()),
+            (Some(place), Some(fd)) if layout.version > 1 => (place, fd),
+            _ => {
+                return Err(ArgvError::Disagree(
+                    "the disk that tells the guest who it is".to_owned(),
+                ));
+            }
+        };
+        let bus = word("bus", &place.bus, "._-")?;
+        let file = self.file("seed-file", SEED_SET, &[fd], true);
+        let block = json!({"driver": "raw", "node-name": "seed-format", "file": file, "read-only": true});
+        self.option("-blockdev", block.to_string());
+        let card = json!({
+            "driver": "virtio-blk-pci", "id": "seed", "bus": bus, "addr": format!("{:#x}", place.slot),
+            "drive": "seed-format",
+        });
+        self.option("-device", card.to_string());
+        Ok(())
+    }
+
     fn boot(&mut self, definition: &Definition, descriptors: &Descriptors) -> Result<(), ArgvError> {
         match (&definition.boot, descriptors.boot) {
             (Boot::Bios, None) => {}
@@ -326,6 +355,7 @@ mod tests {
                 device("net0", 2, DeviceKind::Net { port }),
                 device("disk0", 10, DeviceKind::Disk { volume }),
             ],
+            seed: None,
         };
         let place = VolumePlace {
             volume,
@@ -368,6 +398,7 @@ mod tests {
                 base: Some(15),
             }],
             boot: None,
+            seed: None,
         }
     }
 
@@ -409,6 +440,29 @@ mod tests {
         assert!(!pc.contains("-incoming") && !pc.contains("-sandbox"));
     }
 
+    /// As the one of form 1.
+    #[test]
+    fn what_the_guest_sees_of_a_seed_in_form_2_never_changes() {
+        let mut definition = definition(Family::Q35);
+        let plain = argv(&definition, Mode::Boot, true, &descriptors()).unwrap().join(" ");
+        definition.layout = definition.layout.with_seed();
+        let seed = Some(16);
+        let given = Descriptors { seed, ..descriptors() };
+        let built = argv(&definition, Mode::Boot, true, &given).unwrap().join(" ");
+        let more = concat!(
+            r#" -add-fd fd=16,set=32 -blockdev {"cache":{"direct":false,"no-flush":false},"discard":"unmap","driver":"file","#,
+            r#""filename":"/dev/fdset/32","node-name":"seed-file","read-only":true} "#,
+            r#"-blockdev {"driver":"raw","file":"seed-file","node-name":"seed-format","read-only":true} "#,
+            r#"-device {"addr":"0x1a","bus":"pcie.0","drive":"seed-format","driver":"virtio-blk-pci","id":"seed"}"#,
+        );
+        assert_eq!(built, plain + more);
+        let refused = argv(&definition, Mode::Boot, true, &descriptors());
+        assert!(matches!(refused, Err(ArgvError::Disagree(_))), "{refused:?}");
+        definition.layout.version = 1;
+        let refused = argv(&definition, Mode::Boot, true, &given);
+        assert!(matches!(refused, Err(ArgvError::Disagree(_))), "{refused:?}");
+    }
+
     #[test]
     fn a_word_with_more_in_it_is_refused() {
         let spoilt: [fn(&mut Layout); 5] = [
@@ -442,10 +496,10 @@ mod tests {
             assert!(matches!(refused, Err(ArgvError::Disagree(_))), "{refused:?}");
         }
         let mut newer = definition(Family::Q35);
-        newer.layout.version = 2;
+        newer.layout.version = 3;
         assert_eq!(
             argv(&newer, Mode::Boot, true, &descriptors()),
-            Err(ArgvError::Version(2))
+            Err(ArgvError::Version(3))
         );
     }
 }

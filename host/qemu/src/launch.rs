@@ -129,6 +129,8 @@ pub struct Given {
     pub volumes: Vec<GivenVolume>,
     /// For a direct boot.
     pub boot: Option<GivenKernel>,
+    /// The disk that tells the guest who it is, to read; where the layout has one.
+    pub seed: Option<OwnedFd>,
 }
 
 /// A volume's open files.
@@ -323,6 +325,8 @@ fn start_process(program: &Program, sandbox: bool, launch: &Launch, given: Given
     };
     count("volumes", given.volumes.len(), definition.volumes.len())?;
     count("taps", given.taps.len(), definition.ports.len())?;
+    let seeds = usize::from(definition.layout.seed.is_some());
+    count("seeds", usize::from(given.seed.is_some()), seeds)?;
 
     let mut inherited = Inherited::default();
     let mut descriptors = inherit(given, &mut inherited);
@@ -390,6 +394,7 @@ fn inherit(given: Given, inherited: &mut Inherited) -> Descriptors {
     let boot = given.boot;
     Descriptors {
         disks,
+        seed: given.seed.map(|seed| inherited.push(seed)),
         boot: boot.map(|boot| (inherited.push(boot.kernel), inherited.push(boot.initrd))),
         taps: given.taps.into_iter().map(|tap| inherited.push(tap)).collect(),
         ..Descriptors::default()

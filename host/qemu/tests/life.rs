@@ -218,8 +218,8 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
         .await
         .unwrap_err();
     assert!(matches!(injected, SpawnError::Definition(_)), "{injected}");
-    let newer = spawn(|launch| launch.definition.layout.version = 2).await.unwrap_err();
-    assert!(format!("{:?}", newer).contains("Version(2)"), "{newer}");
+    let newer = spawn(|launch| launch.definition.layout.version = 3).await.unwrap_err();
+    assert!(format!("{:?}", newer).contains("Version(3)"), "{newer}");
     let fewer = qemu.spawn(launch(&shared, Mode::Boot, &run_dir), Given::default());
     let fewer = fewer.await.unwrap_err();
     assert_eq!(fewer.to_string(), "0 volumes were given for 1 in the definition");

@@ -184,7 +184,8 @@ impl Task {
         self.saved.operation = Some(order.operation);
         self.saved.answer = None;
         match order.verb {
-            Verb::Start { definition, paused } => self.start(definition, paused),
+            // Its seed is not the task's: it would go into the journal.
+            Verb::Start { definition, paused, .. } => self.start(definition, paused),
             Verb::Stop { grace } => self.stop(grace),
             Verb::Kill => self.kill(),
             Verb::Reboot => self.reboot(),

@@ -17,7 +17,8 @@ fn verb() -> impl Strategy<Value = Verb> {
         Just(start()),
         Just(Verb::Start {
             definition: definition(),
-            paused: true
+            paused: true,
+            seed: None,
         }),
         Just(Verb::Stop { grace: Millis(5) }),
         Just(Verb::Kill),

@@ -10,7 +10,7 @@ use model::{
     host::{Accelerator, Hypervisor, PoolFacts},
     layout::Family,
     storage::Format,
-    template::{Blob, Boot, Content, Disk},
+    template::{Blob, Boot, Content, Disk, Seed},
 };
 use uuid::Uuid;
 
@@ -291,7 +291,7 @@ impl Sim {
             self.send_up(host, number, report);
         }
         let id = self.hosts[host].id;
-        let orders: Vec<Order> = self.world.iter().flat_map(|world| world.outbox(id)).cloned().collect();
+        let orders: Vec<Order> = self.world.iter().flat_map(|world| world.outbox(id)).collect();
         for order in orders {
             self.send_down(host, order);
         }
@@ -393,5 +393,6 @@ fn content() -> Content {
             size_bytes: 1 << 30,
         }),
         memory_mib_min: 64,
+        seed: Seed::None,
     }
 }

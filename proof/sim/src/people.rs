@@ -80,5 +80,8 @@ fn wanted(name: Name, memory_mib: u64, start: bool) -> CreateVm {
         host: None,
         pool: None,
         start,
+        hostname: None,
+        ssh_keys: vec![],
+        user_data: None,
     }
 }

@@ -15,7 +15,7 @@ use model::{
     name::Reference,
     order::{Happening, TemplateReport, VmOrder, VmReport},
     storage::Format,
-    template::{Blob, Boot, Content, Disk},
+    template::{Blob, Boot, Content, Disk, Seed},
 };
 use uuid::Uuid;
 
@@ -106,6 +106,7 @@ pub(crate) fn content() -> Content {
             size_bytes: 1 << 30,
         }),
         memory_mib_min: 64,
+        seed: Seed::None,
     }
 }
 
@@ -121,6 +122,9 @@ pub(crate) fn wanted(vm: &str) -> CreateVm {
         host: None,
         pool: None,
         start: true,
+        hostname: None,
+        ssh_keys: vec![],
+        user_data: None,
     }
 }
 

@@ -18,8 +18,9 @@ use model::{
     network::NetworkMode,
     operation::{Target, TargetKind},
     order::{Verb, VmOrder},
+    seed::{GuestSeed, SeedRow, UserData},
     storage::{Format, PoolDriver},
-    template::{Boot, Content, TemplateState},
+    template::{Boot, Content, Seed, TemplateState},
     vm::Power,
 };
 use uuid::Uuid;
@@ -99,6 +100,7 @@ pub fn base() -> Vec<Row> {
                 boot: Boot::Bios,
                 disk: None,
                 memory_mib_min: 64,
+                seed: Seed::None,
             },
             state: TemplateState::Ready {
                 pools: vec![PoolId(uuid(POOL))],
@@ -130,6 +132,7 @@ pub fn vm(n: u128) -> Vm {
             vcpus: 1,
             memory_mib: 512,
             devices: Vec::new(),
+            seed: None,
         },
         ports: vec![PortId(uuid(n + 1))],
         volumes: vec![VolumeId(uuid(n + 2))],
@@ -306,6 +309,25 @@ pub fn world_v2() -> Vec<Row> {
     }));
     rows.push(audit_entry(1, at, "alice"));
     rows
+}
+
+/// A row of every kind of schema 3.
+pub fn world_v3() -> Vec<Row> {
+    let mut rows = world_v2();
+    rows.push(seed(0x100));
+    rows
+}
+
+/// What the guest of a VM is told.
+pub fn seed(n: u128) -> Row {
+    Row::Seed(Box::new(SeedRow {
+        vm: VmId(uuid(n)),
+        seed: GuestSeed {
+            hostname: "web1.example".to_owned(),
+            ssh_keys: vec!["ssh-ed25519 AAAAC3Nz".to_owned()],
+            user_data: Some(UserData::new("#cloud-config\npassword: hunter2\n".to_owned())),
+        },
+    }))
 }
 
 pub fn audit_entry(n: u128, at: Timestamp, subject: &str) -> Row {

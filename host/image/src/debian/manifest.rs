@@ -6,7 +6,7 @@ use crate::micro::{Artifact, digest};
 use crate::process::Run;
 use crate::vet::vet;
 use model::storage::{Digest, Format};
-use model::template::{Boot, Content, Disk};
+use model::template::{Boot, Content, Disk, Seed};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::path::Path;
@@ -66,6 +66,7 @@ impl DebianFiles {
                 size_bytes: self.disk_size_bytes,
             }),
             memory_mib_min: MEMORY_MIB_MIN,
+            seed: Seed::NoCloud,
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::{BASE_COMMAND_LINE, BuildError, DISK_BYTES, Progress, Step, failed};
 use crate::pool::{Pool, PoolError, ReceiveError};
 use model::storage::{Digest, Format};
-use model::template::{Blob, Boot, Content, Disk};
+use model::template::{Blob, Boot, Content, Disk, Seed};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
@@ -163,6 +163,7 @@ impl TemplateFiles {
             boot,
             disk: Some(disk),
             memory_mib_min: self.memory_mib_min,
+            seed: Seed::None,
         }
     }
 

@@ -303,6 +303,7 @@ pub(crate) fn given(shared: &Shared, taps: Vec<OwnedFd>) -> Given {
         taps,
         volumes: vec![volume(&shared.disk(), None)],
         boot: None,
+        seed: None,
     }
 }
 

@@ -78,6 +78,7 @@ fn layout(port: PortId) -> Layout {
             device("net0", 2, DeviceKind::Net { port }),
             device("disk0", 10, DeviceKind::Disk { volume }),
         ],
+        seed: None,
     }
 }
 
@@ -113,6 +114,7 @@ pub(crate) fn start() -> Verb {
     Verb::Start {
         definition: definition(),
         paused: false,
+        seed: None,
     }
 }
 

@@ -8,8 +8,9 @@ use model::layout::{Device, DeviceKind, Family};
 use model::operation::Progress;
 use model::order::*;
 use model::refusal::Code;
+use model::seed::{GuestSeed, UserData};
 use model::storage::Format;
-use model::template::{Blob, Boot, Content, Disk};
+use model::template::{Blob, Boot, Content, Disk, Seed};
 use model::*;
 use uuid::Uuid;
 use wire::*;
@@ -94,6 +95,7 @@ fn definition() -> Box<Definition> {
                 device("net0", 2, DeviceKind::Net { port: id(9) }),
                 device("disk0", 10, DeviceKind::Disk { volume: id(7) }),
             ],
+            seed: None,
         },
         boot: boot(),
         pool: id(8),
@@ -121,6 +123,7 @@ fn verbs() -> Vec<Verb> {
         Verb::Start {
             definition: definition(),
             paused: false,
+            seed: None,
         },
         Verb::Stop { grace: Millis(30_000) },
         Verb::Kill,
@@ -230,6 +233,17 @@ fn progress() -> Progress {
     }
 }
 
+fn vm_order(verb: Verb) -> Order {
+    Order::Vm(Box::new(VmOrder {
+        epoch: Epoch(1),
+        vm: id(1),
+        generation: Generation(1),
+        revision: Revision(4),
+        operation: id(2),
+        verb,
+    }))
+}
+
 // tidy: long because it is a list, a sample for each frame.
 /// All frames from agent to controller.
 pub(crate) fn ups() -> Vec<(String, Up)> {
@@ -266,6 +280,7 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
                     boot: boot(),
                     disk: None,
                     memory_mib_min: 64,
+                    seed: Seed::None,
                 }),
             }),
         ),
@@ -331,22 +346,25 @@ pub(crate) fn downs() -> Vec<(String, Down)> {
         boot,
         disk: Some(disk),
         memory_mib_min: 64,
+        seed: Seed::None,
     };
     let mut orders: Vec<(String, Order)> = verbs()
         .into_iter()
-        .map(|verb| {
-            let name = format!("vm-{}", verb.name());
-            let order = VmOrder {
-                epoch: Epoch(1),
-                vm: id(1),
-                generation: Generation(1),
-                revision: Revision(4),
-                operation: id(2),
-                verb,
-            };
-            (name, Order::Vm(Box::new(order)))
-        })
+        .map(|verb| (format!("vm-{}", verb.name()), vm_order(verb)))
         .collect();
+    let seeded = Verb::Start {
+        definition: Box::new(Definition {
+            layout: definition().layout.with_seed(),
+            ..*definition()
+        }),
+        paused: false,
+        seed: Some(Box::new(GuestSeed {
+            hostname: "web1.example".into(),
+            ssh_keys: vec!["ssh-ed25519 AAAAC3Nz me".into()],
+            user_data: Some(UserData::new("#cloud-config\n{}\n".into())),
+        })),
+    };
+    orders.push(("vm-start-seeded".into(), vm_order(seeded)));
     let fetch = |boot| template(TemplateVerb::Fetch { content: content(boot) });
     let drop = TemplateVerb::Drop {
         blobs: vec![Digest([3; 32])],
