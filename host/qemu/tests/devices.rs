@@ -160,6 +160,33 @@ async fn an_overlay_boots_from_its_base_whatever_its_header_says() {
     host.end().await;
 }
 
+/// A file that is open for reading alone is enough, in both senses.
+#[tokio::test]
+async fn a_seed_is_a_read_only_disk_at_its_slot() {
+    let (qemu, capabilities) = installed().await;
+    let mut shared = Shared::new(&capabilities, Family::Q35);
+    shared.definition.layout = shared.definition.layout.clone().with_seed();
+    let seed = shared.directory.path().join("seed");
+    std::fs::write(&seed, vec![7; 4096]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let run = directory.path().join("run");
+    let missing = qemu
+        .spawn(launch(&shared, Mode::Boot, &run), given(&shared, vec![]))
+        .await;
+    let missing = missing.unwrap_err().to_string();
+    assert_eq!(missing, "0 seeds were given for 1 in the definition");
+    let files = Given {
+        seed: Some(std::fs::File::open(&seed).unwrap().into()),
+        ..given(&shared, vec![])
+    };
+    let mut host = started(&qemu, launch(&shared, Mode::Boot, &run), directory, files).await;
+    let mut serial = host.serial().await;
+    host.run().await;
+    // The guest starts from its own disk, not from this one.
+    assert_counts(&ticks(&mut serial, 50).await);
+    host.end().await;
+}
+
 /// A tap in a network namespace of its own, up, and a socket that sees its frames. Both namespace and tap go with their holders.
 #[allow(unsafe_code)]
 fn tap() -> (OwnedFd, OwnedFd) {
