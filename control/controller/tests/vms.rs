@@ -132,7 +132,7 @@ async fn with_an_order(cell: &Cell) -> (Host, Session, VmOrder, Outcome) {
         template: order.template,
         pool: order.pool,
         refused: None,
-        content: Some(content),
+        content: Some(Box::new(content)),
     };
     session.report(2, Report::Template(fetched)).await;
     session.acknowledged(2).await;

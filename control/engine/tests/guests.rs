@@ -46,10 +46,10 @@ fn seeded() -> Cell {
         panic!("no fetch")
     };
     // As an agent of before tells it, which knows of no seeds.
-    let content = Some(Content {
+    let content = Some(Box::new(Content {
         seed: Seed::None,
         ..content
-    });
+    }));
     let report = TemplateReport {
         operation: order.operation,
         template: order.template,

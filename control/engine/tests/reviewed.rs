@@ -346,7 +346,7 @@ fn imported(cell: &mut Cell, host: HostId, order: &TemplateOrder, refused: Optio
         operation: order.operation,
         template: order.template,
         pool: order.pool,
-        content: refused.is_none().then_some(content),
+        content: refused.is_none().then_some(Box::new(content)),
         refused,
     };
     cell.report(host, Report::Template(report));

@@ -404,7 +404,7 @@ pub struct TemplateReport {
     pub refused: Option<Refusal>,
     /// After a fetch: what the template holds now. An imported disk is converted, so its blob is another one.
     #[serde(default)]
-    pub content: Option<Content>,
+    pub content: Option<Box<Content>>,
 }
 
 impl Order {

@@ -119,7 +119,7 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
         template,
         pool,
         refused,
-        content,
+        content: content.map(Box::new),
     }));
 }
 

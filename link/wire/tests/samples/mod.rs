@@ -276,12 +276,12 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
                 template: id(10),
                 pool: id(8),
                 refused: Some(refusal()),
-                content: Some(Content {
+                content: Some(Box::new(Content {
                     boot: boot(),
                     disk: None,
                     memory_mib_min: 64,
                     seed: Seed::None,
-                }),
+                })),
             }),
         ),
         ("relay".to_owned(), Report::Relay(relay())),
