@@ -165,7 +165,7 @@ impl Key {
                 Ok(said) => return Ok(said.lines().map(str::to_owned).collect()),
                 Err(error) if Instant::now() > end => return Err(error.context("the guest does not take the key")),
                 // Its SSH server is not there yet, or its user is not.
-                Err(_) => std::thread::sleep(Duration::from_secs(1)),
+                Err(_) => std::thread::sleep(Duration::from_secs(1)), // tidy: sleep because ssh(1) tells of no event before which it could wait
             }
         }
     }
