@@ -129,7 +129,9 @@ const HEADING: Heading = Heading {
 
 fn state(view: &HostView) -> String {
     let word = match view.host.status.link {
-        Link::Up => "up",
+        Link::Up if view.connected => "up",
+        // The controller has just begun, and waits for its agent.
+        Link::Up => "unknown",
         Link::Lost => "lost",
     };
     word.to_owned()
