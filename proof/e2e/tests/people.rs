@@ -179,7 +179,7 @@ fn isolation(alice: &Person<'_>, bob: &Person<'_>) -> Result<()> {
         ["vm", "kill", &id],
         ["vm", "console", &id],
     ] {
-        bob.ends(&words, NOT_THERE, "there is no vm")?;
+        bob.ends(&words, NOT_THERE, "there is no VM")?;
     }
     bob.ends(
         &["vm", "list", "--project", "team-a"],

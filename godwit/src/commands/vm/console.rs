@@ -177,3 +177,25 @@ impl Drop for Raw {
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_the_input_waits_for_the_guests_last_words() {
+        let (printed, mut heard) = watch::channel(Instant::now());
+        let began = Instant::now();
+        let (late, ()) = tokio::join!(
+            async {
+                fall_quiet(&mut heard).await;
+                began.elapsed()
+            },
+            async {
+                tokio::time::sleep(QUIET / 2).await;
+                printed.send_replace(Instant::now());
+            }
+        );
+        assert!(late >= QUIET + QUIET / 2 && late < DRAIN_MAX, "{late:?}");
+    }
+}
