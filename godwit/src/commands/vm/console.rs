@@ -182,7 +182,7 @@ impl Drop for Raw {
 mod tests {
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn the_end_of_the_input_waits_for_the_guests_last_words() {
         let (printed, mut heard) = watch::channel(Instant::now());
         let began = Instant::now();
@@ -192,6 +192,7 @@ mod tests {
                 began.elapsed()
             },
             async {
+                // tidy: sleep because the clock is the test's own and stands.
                 tokio::time::sleep(QUIET / 2).await;
                 printed.send_replace(Instant::now());
             }
