@@ -1,8 +1,8 @@
 //! The command line: nouns, then verbs, then what they take.
 
-use std::path::PathBuf;
+use std::{ffi::OsStr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use clap_complete::ArgValueCompleter;
 use model::name::Reference;
 
@@ -26,8 +26,40 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// The options of commands that ask a server: their ids, and what they are called on the command line.
+const OF_CLIENTS: [(&str, &str); 5] = [
+    ("server", "server"),
+    ("ca", "ca"),
+    ("token_file", "token-file"),
+    ("project", "project"),
+    ("output", "output"),
+];
+
+/// The whole command line. Servers do not have what only clients can use.
+pub(crate) fn command() -> clap::Command {
+    let without = |server: clap::Command| {
+        OF_CLIENTS.into_iter().fold(server, |server, (id, name)| {
+            let refused = |_: &str| Err::<String, _>("it is for commands that ask a server; leave it out");
+            let arg = Arg::new(id).long(name).hide(true).value_parser(refused);
+            server.arg(if name == "output" { arg.short('o') } else { arg })
+        })
+    };
+    ["up", "controller", "agent"]
+        .into_iter()
+        .fold(Cli::command(), |command, server| {
+            command.mut_subcommand(server, without)
+        })
+}
+
+/// Reads a command line.
+pub(crate) fn parse(words: &[impl AsRef<OsStr>]) -> Result<Cli, clap::Error> {
+    let matches = command().try_get_matches_from(words.iter().map(AsRef::as_ref))?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command()))
+}
+
 /// What every command takes.
 #[derive(Args, Debug, Clone)]
+#[command(next_help_heading = "Global options")]
 pub(crate) struct Common {
     /// State directory: a server's own; for other commands, of the server on this machine that they ask
     #[arg(long, global = true, value_name = "DIR")]
@@ -50,6 +82,12 @@ pub(crate) struct Common {
 }
 
 impl Common {
+    /// Whether it says anything that is of use only to who asks a server.
+    pub(crate) fn asks_a_server(&self) -> bool {
+        let named = self.server.is_some() || self.ca.is_some() || self.token_file.is_some();
+        named || self.project.is_some() || self.output != Format::default()
+    }
+
     pub(crate) fn flags(&self) -> Flags {
         Flags {
             state: self.state.clone(),
@@ -119,17 +157,15 @@ pub(crate) enum Command {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     fn parse(words: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(words.split_whitespace())
+        super::parse(&words.split_whitespace().collect::<Vec<_>>())
     }
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

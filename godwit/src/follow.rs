@@ -18,10 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     client::Client,
     exit::{Exit, Failure},
-    out::{
-        self, Format,
-        live::{Live, words},
-    },
+    out::{self, Format, live::Live},
 };
 
 /// How long a server that went away is waited for: it may be restarting.
@@ -105,9 +102,21 @@ impl Followed {
 /// # Errors
 /// When it failed or was cancelled, time is out, or somebody pressed Ctrl-C: it then goes on.
 pub(crate) async fn follow(client: &Client, format: Format, answer: Value, wait: Wait) -> Result<Followed, Failure> {
+    follow_saying(client, format, answer, wait, "").await
+}
+
+/// The same, and says what is waited for until there is progress to tell.
+pub(crate) async fn follow_saying(
+    client: &Client,
+    format: Format,
+    answer: Value,
+    wait: Wait,
+    waiting_for: &str,
+) -> Result<Followed, Failure> {
     let mut followed = understood(answer)?;
     if wait.waits() && !followed.view.operation.state.is_over() {
-        followed = until_over(client, &followed.view, wait.timeout.map(Duration::from_secs)).await?;
+        let timeout = wait.timeout.map(Duration::from_secs);
+        followed = until_over(client, &followed.view, timeout, waiting_for).await?;
     }
     if format.is_data() {
         out::data(format, &followed.value)?;
@@ -137,7 +146,12 @@ fn understood(value: Value) -> Result<Followed, Failure> {
     Ok(Followed { value, view })
 }
 
-async fn until_over(client: &Client, begun: &OperationView, timeout: Option<Duration>) -> Result<Followed, Failure> {
+async fn until_over(
+    client: &Client,
+    begun: &OperationView,
+    timeout: Option<Duration>,
+    waiting_for: &str,
+) -> Result<Followed, Failure> {
     let operation = &begun.operation;
     let (id, about) = (
         operation.id,
@@ -146,6 +160,7 @@ async fn until_over(client: &Client, begun: &OperationView, timeout: Option<Dura
     // Before the line is there: who sees it may press Ctrl-C at once.
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| Failure::of(Exit::Failed, &error).about(id))?;
     let live = Live::new(&about);
+    live.say(waiting_for);
     let over = poll(client, id);
     let shown = show(client, id, &live);
     let late = async {
@@ -209,7 +224,7 @@ async fn show(client: &Client, id: OperationId, live: &Live) -> std::convert::In
         while let Ok(Some(event)) = events.next().await {
             let progress = serde_json::from_str::<ProgressEvent>(&event.data).ok();
             if let Some(ProgressEvent { progress, .. }) = progress.filter(|event| event.operation == id) {
-                live.say(&words(&progress));
+                live.tell(&progress);
             }
         }
         tokio::time::sleep(AWAY_PAUSE).await;

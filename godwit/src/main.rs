@@ -23,9 +23,13 @@ mod follow;
 mod out;
 mod shutdown;
 
-use std::{ffi::OsString, io::IsTerminal as _, path::Path, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::{IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
 
-use clap::{CommandFactory as _, Parser as _};
 use clap_complete::CompleteEnv;
 use tracing_subscriber::EnvFilter;
 
@@ -42,15 +46,31 @@ fn main() -> ExitCode {
             .hint("give names in UTF-8")
             .report();
     }
-    CompleteEnv::with_factory(Cli::command).complete();
-    match Cli::try_parse_from(arguments) {
+    CompleteEnv::with_factory(cli::command).complete();
+    match cli::parse(&arguments) {
         Ok(cli) => run(cli),
         Err(error) => {
             // A closed terminal is no reason to fail differently.
-            let _ = error.print();
+            let _ = match secret_in(&arguments) {
+                // It would land in a log.
+                Some(secret) => writeln!(std::io::stderr(), "{}", error.to_string().replace(secret, SECRET_SHOWN)),
+                None => error.print(),
+            };
             ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
         }
     }
+}
+
+/// How the tokens begin with which hosts join, and what is shown in their place.
+const SECRET_BEGINS: &str = "gwj1.";
+const SECRET_SHOWN: &str = "gwj1.(not shown)";
+
+/// The token in a command line.
+fn secret_in(arguments: &[OsString]) -> Option<&str> {
+    arguments.iter().find_map(|word| {
+        let (_, secret) = word.to_str()?.split_at(word.to_str()?.find(SECRET_BEGINS)?);
+        secret.split('@').next()
+    })
 }
 
 /// One end of a migration. Called by the agent, with exactly `--spec PATH`.

@@ -378,7 +378,7 @@ fn a_port_that_is_taken_and_a_network_that_cannot_be_are_refused() {
 #[test]
 fn an_agent_that_has_not_joined_says_how_to() {
     let state = tempfile::tempdir().unwrap();
-    let pool = format!("local={}", state.path().join("pool").display());
+    let pool = format!("local={}", state.path().display());
     let output = command()
         .args(["agent", "--pool", &pool, "--state"])
         .arg(state.path())
@@ -390,8 +390,55 @@ fn an_agent_that_has_not_joined_says_how_to() {
         said.contains("godwit host add-token") && said.contains("--join"),
         "{said}"
     );
-    let words = ["agent", "--join", "gwj1.damaged@127.0.0.1:1"];
-    assert_eq!(command().args(words).output().unwrap().status.code(), Some(2));
+    for words in [
+        &["agent", "--join", "gwj1.hush@127.0.0.1:1"][..],
+        &["agent", "gwj1.hush@127.0.0.1:1"],
+    ] {
+        let output = command().args(words).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let said = text(&output.stderr);
+        assert!(
+            !said.contains("hush") && said.contains("gwj1."),
+            "a secret is not told on: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_pool_that_is_not_there_is_not_made() {
+    let state = tempfile::tempdir().unwrap();
+    let place = state.path().join("not-mounted");
+    let output = command()
+        .args(["agent", "--pool", &format!("shared={}", place.display()), "--state"])
+        .arg(state.path())
+        .output()
+        .unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("mkdir -p {}", place.display())), "{said}");
+    assert!(!place.exists());
+}
+
+#[test]
+fn a_server_takes_no_options_of_clients() {
+    for words in [
+        "--server https://h:1 up",
+        "up --server https://h:1",
+        "controller --ca f",
+        "agent --token-file f",
+        "up -o json",
+    ] {
+        let output = command().args(words.split(' ')).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("commands that ask a server"), "{said}");
+    }
+    let help = text(&command().args(["agent", "--help"]).output().unwrap().stdout);
+    let (own, global) = help.split_once("Global options:").unwrap();
+    assert!(own.contains("--join") && own.contains("--pool"), "{help}");
+    assert!(global.contains("--state") && !help.contains("--token-file"), "{help}");
+    let help = text(&command().args(["vm", "list", "--help"]).output().unwrap().stdout);
+    assert!(help.contains("--token-file"), "{help}");
 }
 
 #[test]

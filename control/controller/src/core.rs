@@ -189,6 +189,7 @@ impl Core {
         let mut world = loading.await.expect("loading a world does not panic")?;
         self.epoch = epoch;
         world.set_epoch(epoch);
+        world.set_connected(self.links.hosts());
         self.world = Some(world);
         Ok(())
     }

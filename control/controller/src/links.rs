@@ -74,6 +74,11 @@ pub(crate) struct Links {
 }
 
 impl Links {
+    /// The hosts that have a session.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = HostId> + '_ {
+        self.sessions.keys().copied()
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.sessions.len()
     }

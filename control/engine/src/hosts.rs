@@ -174,11 +174,13 @@ pub(crate) fn remove(txn: &mut Txn<'_>, request: &Request, reference: &Reference
 
 /// A host's agent connected. The controller sends the outbox; facts and inventory follow.
 pub(crate) fn connected(txn: &mut Txn<'_>, host: HostId) {
+    txn.transient().connected.insert(host);
     set_link(txn, host, Link::Up, "");
 }
 
 /// A host's agent is gone: an alarm. Its VMs may well run, and stay as they were seen.
 pub(crate) fn disconnected(txn: &mut Txn<'_>, host: HostId) {
+    txn.transient().connected.remove(&host);
     let detail = "its agent is not connected; its VMs are left as they are. Look at the host and its network";
     set_link(txn, host, Link::Lost, detail);
 }

@@ -58,7 +58,11 @@ fn plan(world: &World, vm: &Vm, source: HostId, need: &Need, only: Option<HostId
     placement::plan(world, need, only, |host| {
         let mut refused = Vec::new();
         if host.id == source {
-            refused.push(format!("{} is on {} already; choose another host", vm.name, host.name));
+            let next = match world.hosts().count() {
+                1 => "this cell has no other host",
+                _ => "choose another host",
+            };
+            refused.push(format!("{} is on {} already; {next}", vm.name, host.name));
             return refused;
         }
         refused.extend(capability(world, source, host));

@@ -201,10 +201,12 @@ impl World {
             vms: self.held(host.id).vms,
             vcpus: capacity::vcpus(self, host),
             memory_mib: capacity::memory_mib(self, host),
+            connected: self.transient.connected.contains(&host.id),
         }
     }
 
     fn network_view(&self, id: model::NetworkId) -> Option<NetworkView> {
+        let resting = self.index.resting.iter().filter_map(|(_, port)| self.ports.get(port));
         let subnets = self.index.subnets.range((id, model::SubnetId(Uuid::nil()))..);
         let subnets = subnets.take_while(|(of, _)| *of == id);
         Some(NetworkView {
@@ -213,6 +215,7 @@ impl World {
                 .filter_map(|(_, subnet)| self.subnets.get(subnet).cloned())
                 .collect(),
             addresses_used: self.index.addresses_used.get(&id).copied().unwrap_or_default(),
+            addresses_resting: resting.filter(|port| port.network == id).count() as u64,
         })
     }
 

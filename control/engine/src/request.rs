@@ -228,7 +228,8 @@ pub(crate) fn refuse(code: Code, message: impl Into<String>, hint: impl Into<Str
 }
 
 fn not_found(kind: &str, reference: &Reference) -> Box<Refusal> {
-    let message = format!("there is no {kind} {reference} in this project");
+    let called = if kind == "vm" { "VM" } else { kind };
+    let message = format!("there is no {called} {reference} in this project");
     refuse(
         Code::NotFound,
         message,

@@ -50,6 +50,8 @@ pub(crate) struct Transient {
     pub(crate) progress: BTreeMap<OperationId, Progress>,
     /// VMs that reconciliation looks at first.
     pub(crate) dirty: std::collections::BTreeSet<VmId>,
+    /// Hosts whose agents have a session, as far as this process knows: what is stored may be of an earlier one.
+    pub(crate) connected: std::collections::BTreeSet<HostId>,
     /// Where reconciliation goes on walking.
     pub(crate) cursor: Option<VmId>,
     /// When each host was last complained about: a flood of bad reports must not push out other notices.
@@ -181,6 +183,11 @@ impl World {
             Change::Put(row) => self.insert(row),
             Change::Delete(key) => drop(self.remove(&key)),
         }
+    }
+
+    /// The hosts whose agents have a session already when the world is loaded.
+    pub fn set_connected(&mut self, hosts: impl IntoIterator<Item = HostId>) {
+        self.transient.connected = hosts.into_iter().collect();
     }
 
     /// The leader's epoch, written into every order from now on, those that wait in the outbox included: agents refuse orders of

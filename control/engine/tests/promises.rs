@@ -245,6 +245,46 @@ fn a_deleted_vm_frees_its_quota_and_its_address_rests_for_a_minute() {
 }
 
 #[test]
+fn addresses_that_rest_are_told_apart_from_those_in_use() {
+    let mut cell = Cell::of(1);
+    let addresses = |cell: &Cell| match cell
+        .world
+        .query(&admin(), &Query::Networks(Page { after: None, limit: 10 }), cell.now)
+        .unwrap()
+    {
+        View::Networks(listing) => (listing.items[0].addresses_used, listing.items[0].addresses_resting),
+        other => panic!("{other:?}"),
+    };
+    let before = addresses(&cell).0;
+    cell.running("web1");
+    cell.running("web2");
+    cell.ask(Command::DeleteVm(by_name("web1"))).unwrap();
+    let (at, order) = cell.last_order();
+    cell.answer(at, &order, Happening::Removed);
+    assert_eq!(addresses(&cell), (before + 2, 1));
+    cell.tick(61);
+    assert_eq!(addresses(&cell), (before + 1, 0));
+}
+
+#[test]
+fn a_host_is_not_said_to_be_connected_because_it_was_before_a_restart() {
+    let mut cell = Cell::of(1);
+    let connected = |world: &engine::World, now| match world.query(&admin(), &Query::Host(by_name("h1")), now).unwrap()
+    {
+        View::Host(view) => (view.host.status.link, view.connected),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(connected(&cell.world, cell.now), (Link::Up, true));
+    let mut restarted = engine::World::load(cell.world.rows()).unwrap();
+    assert_eq!(connected(&restarted, cell.now), (Link::Up, false));
+    // After a failed commit the sessions are still there.
+    restarted.set_connected([host(1)]);
+    assert_eq!(connected(&restarted, cell.now), (Link::Up, true));
+    cell.event(Event::Disconnected(host(1)));
+    assert_eq!(connected(&cell.world, cell.now), (Link::Lost, false));
+}
+
+#[test]
 fn a_vm_that_never_was_on_a_host_is_deleted_at_once() {
     let mut cell = Cell::of(1);
     let mut create = wanted("web1");

@@ -174,6 +174,15 @@ pub struct HostView {
     pub vcpus: Share,
     /// Memory they hold, and on offer, MiB.
     pub memory_mib: Share,
+    /// Whether its agent has a session now. Its link is `up` for some seconds more after a controller's start, until a host that
+    /// does not come again counts as lost; what is known of it may be old then.
+    #[serde(default = "yes")]
+    pub connected: bool,
+}
+
+/// Of controllers that did not tell.
+const fn yes() -> bool {
+    true
 }
 
 /// What is held of what is on offer.
@@ -206,6 +215,9 @@ pub struct NetworkView {
     pub subnets: Vec<Subnet>,
     /// Addresses in use or resting.
     pub addresses_used: u64,
+    /// Those of them that rest: their VM is gone, and they are given to another after a minute.
+    #[serde(default)]
+    pub addresses_resting: u64,
 }
 
 /// A user, as far as the one who reads may see it.

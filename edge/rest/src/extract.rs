@@ -206,7 +206,9 @@ fn project(headers: &HeaderMap) -> Result<Option<Reference>, Failure> {
 pub(crate) fn query<Q: DeserializeOwned>(parts: &Parts) -> Result<Q, Failure> {
     let read = Query::<Q>::try_from_uri(&parts.uri).map(|Query(query)| query);
     read.map_err(|error| {
-        let why: String = error.body_text().chars().take(300).collect();
+        let why = error.body_text();
+        let why = why.strip_prefix("Failed to deserialize query string: ").unwrap_or(&why);
+        let why: String = why.chars().take(300).collect();
         Failure::input(
             format!("the query is refused: {why}"),
             "/v1/openapi.json has the parameters of each path",

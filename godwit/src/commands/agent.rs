@@ -19,6 +19,9 @@ use crate::{
     out, shutdown,
 };
 
+/// The bridge of VMs, where no other is named.
+pub(crate) const BRIDGE: &str = "godwit0";
+
 /// A pool: its name and its directory.
 #[derive(Clone, Debug)]
 pub(crate) struct PoolFlag {
@@ -27,6 +30,18 @@ pub(crate) struct PoolFlag {
 }
 
 impl PoolFlag {
+    /// Its name and its directory, which must be there: where a file system is not mounted yet, a new directory would be a pool of this
+    /// host's own under the name of a shared one.
+    fn there(&self) -> Result<(Name, PathBuf), Failure> {
+        if self.directory.is_dir() {
+            return Ok((self.name.clone(), self.directory.clone()));
+        }
+        let shown = self.directory.display();
+        let message = format!("pool {}: there is no directory {shown}", self.name);
+        let hint = format!("mount it if it is to be mounted; else make it: mkdir -p {shown}");
+        Err(Failure::new(Exit::Failed, message).hint(hint))
+    }
+
     /// Its directory.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
@@ -76,11 +91,11 @@ pub(crate) struct HostFlags {
     /// A storage pool; may be given several times. Hosts that see the same files share it
     #[arg(long = "pool", value_name = "NAME=DIR")]
     pools: Vec<PoolFlag>,
-    /// Where sockets are
+    /// Where sockets are; without it, /run/godwit, or with `up --state DIR` DIR/run
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// The bridge of VMs; made where it is missing
-    #[arg(long, default_value = "godwit0", value_name = "NAME")]
+    #[arg(long, default_value = BRIDGE, value_name = "NAME")]
     bridge: String,
     /// The interface by which the bridge reaches other hosts
     #[arg(long, value_name = "INTERFACE")]
@@ -113,15 +128,16 @@ impl HostFlags {
             let local = "local".parse().expect("`local` is a name");
             vec![(local, places.pool)]
         } else {
-            self.pools
-                .iter()
-                .map(|pool| (pool.name.clone(), pool.directory.clone()))
-                .collect()
+            self.pools.iter().map(PoolFlag::there).collect::<Result<_, _>>()?
         };
         let interface = |name: &String| {
             name.parse::<network::InterfaceName>()
                 .map_err(|error| Failure::of(Exit::Usage, &error))
         };
+        if let Some(uplink) = self.uplink.as_ref().filter(|uplink| !is_interface(uplink)) {
+            let message = format!("there is no interface {uplink} to be the uplink");
+            return Err(Failure::new(Exit::Failed, message).hint("`ip link` lists those that are there"));
+        }
         Ok(AgentConfig {
             state_dir: places.state,
             run_dir: self.run_dir.clone().unwrap_or(places.run),
@@ -136,6 +152,10 @@ impl HostFlags {
             exe: "/proc/self/exe".into(),
         })
     }
+}
+
+fn is_interface(name: &str) -> bool {
+    !name.contains('/') && Path::new("/sys/class/net").join(name).exists()
 }
 
 /// Makes a directory that VMs' users may pass through.

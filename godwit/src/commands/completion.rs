@@ -86,6 +86,23 @@ pub(crate) fn tokens(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/tokens", |item| item["id"].as_str())
 }
 
+/// Names of networks.
+pub(crate) fn networks(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/networks", |item| item["name"].as_str())
+}
+
+/// Names of pools.
+pub(crate) fn pools(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/pools", |item| item["name"].as_str())
+}
+
+/// Ids of operations that are not over.
+pub(crate) fn running(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/operations", |item| {
+        item["id"].as_str().filter(|_| item["finished_at"].is_null())
+    })
+}
+
 /// Ids of operations.
 pub(crate) fn operations(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/operations", |item| item["id"].as_str())

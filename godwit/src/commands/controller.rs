@@ -12,7 +12,7 @@ use identity::Address;
 
 use crate::{
     cli::Common,
-    commands::STATE,
+    commands::{STATE, agent::BRIDGE},
     exit::{Exit, Failure},
     out, shutdown,
 };
@@ -181,6 +181,7 @@ pub(crate) async fn start(flags: &Controller, state: PathBuf) -> Result<(::contr
         reached(controller.agents_address(), &names),
     );
     out::line(&format!("ready api=https://{api} agents={agents}"))?;
+    warn_of_loopback(&api);
     Ok((controller, handle))
 }
 
@@ -220,10 +221,40 @@ fn why(ended: ::controller::Ended) -> &'static str {
     }
 }
 
-/// The address by which this machine reaches others: that of the route to an address that nobody has (RFC 5737). Nothing is
-/// sent. Without a route it is the loopback's.
+/// The address by which this machine reaches others: that of the route to an address that nobody has (RFC 5737), or without such a
+/// route that on the first network at hand. Nothing is sent. Without any network it is the loopback's.
 pub(crate) fn outward_address() -> IpAddr {
-    address_towards(SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 9))).unwrap_or(Ipv4Addr::LOCALHOST.into())
+    let far = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 9));
+    let near = || {
+        let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+        let neighbours = neighbours(&routes).map(|neighbour| SocketAddr::from((neighbour, 9)));
+        neighbours.filter_map(address_towards).next()
+    };
+    address_towards(far).or_else(near).unwrap_or(Ipv4Addr::LOCALHOST.into())
+}
+
+/// An address in each network that this machine is on, from the kernel's table of routes; not on the bridge of VMs.
+fn neighbours(routes: &str) -> impl Iterator<Item = Ipv4Addr> {
+    let networks = routes.lines().skip(1).filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (interface, network) = (words.next()?, words.next()?);
+        let own = interface != "lo" && interface != BRIDGE;
+        // As the kernel has it in memory: the first byte of the address is the last one of the number.
+        let network = u32::from_str_radix(network, 16).ok().filter(|network| *network != 0)?;
+        own.then(|| Ipv4Addr::from(network.to_le_bytes()))
+    });
+    networks.map(|network| Ipv4Addr::from_bits(network.to_bits().saturating_add(1)))
+}
+
+/// Says when others are told an address that is of use on this machine only.
+fn warn_of_loopback(api: &str) {
+    let told: Option<Address> = api.parse().ok();
+    let ip = told.and_then(|told| told.host.parse::<IpAddr>().ok());
+    if ip.is_some_and(|ip| ip.is_loopback()) {
+        out::note(
+            "other machines cannot reach that address: for hosts to join, start with --name and one of this machine",
+        );
+    }
 }
 
 /// The address of this machine on the way to another. Nothing is sent.
@@ -248,6 +279,19 @@ pub(crate) fn host_name() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_without_a_way_out_has_an_address_on_its_own_network() {
+        let routes = "\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+godwit0\t00005B0A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+eth0\t00004D0A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+torn
+";
+        let found: Vec<_> = neighbours(routes).collect();
+        assert_eq!(found, [Ipv4Addr::new(10, 77, 0, 1)]);
+        assert_eq!(neighbours("").count(), 0);
+    }
 
     #[test]
     fn a_network_has_a_gateway_and_room_for_vms() {

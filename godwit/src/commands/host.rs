@@ -1,5 +1,7 @@
 //! `godwit host`: the machines that run VMs.
 
+use std::net::IpAddr;
+
 use clap::Subcommand;
 use clap_complete::ArgValueCompleter;
 use model::{host::Link, name::Reference, query::HostView};
@@ -111,6 +113,12 @@ async fn add_token(session: &Session, ttl: u32) -> Result<(), Failure> {
     out::note(&format!(
         "run this on the new host within {ttl} s; the token lets one host join, once"
     ));
+    let ip = session.client.server().address.host.parse::<IpAddr>();
+    if ip.is_ok_and(|ip| ip.is_loopback()) {
+        out::note(
+            "other machines do not reach this one at that address: put in another, and give it to the controller with --name",
+        );
+    }
     Ok(())
 }
 
@@ -121,7 +129,9 @@ const HEADING: Heading = Heading {
 
 fn state(view: &HostView) -> String {
     let word = match view.host.status.link {
-        Link::Up => "up",
+        Link::Up if view.connected => "up",
+        // The controller has just begun, and waits for its agent.
+        Link::Up => "unknown",
         Link::Lost => "lost",
     };
     word.to_owned()

@@ -19,6 +19,8 @@ pub(crate) mod up;
 pub(crate) mod user;
 pub(crate) mod vm;
 
+use std::collections::BTreeMap;
+
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -91,6 +93,16 @@ impl Session {
         out::text(&facts(out::read(&value)?))
     }
 
+    /// What the items of a list are called, by their ids.
+    async fn names(&self, path: &str) -> Result<BTreeMap<String, String>, Failure> {
+        let items = self.client.list(path, ITEMS_MAX).await?;
+        let named = items.iter().filter_map(|item| {
+            let (id, name) = (item["id"].as_str()?, item["name"].as_str()?);
+            Some((id.to_owned(), name.to_owned()))
+        });
+        Ok(named.collect())
+    }
+
     /// Deletes what may be gone already: then it is said, and well.
     async fn delete(&self, path: &str, what: &str) -> Result<Option<Value>, Failure> {
         match self.client.delete(path).await {
@@ -112,6 +124,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     let common = &cli.common;
     let session = || Session::open(common);
     match cli.command {
+        Command::Up(_) | Command::Controller(_) | Command::Agent(_) if common.asks_a_server() => {
+            let message = "--server, --ca, --token-file, --project and --output are for commands that ask a server";
+            Err(Failure::new(Exit::Usage, message).hint("leave them out"))
+        }
         Command::Up(up) => up.run(common).await,
         Command::Controller(controller) => controller.run(common).await,
         Command::Agent(agent) => agent.run(common).await,

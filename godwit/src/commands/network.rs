@@ -25,6 +25,14 @@ const HEADING: Heading = Heading {
     wide: &["ID"],
 };
 
+/// Those in use, and those that nobody has and nobody gets yet.
+fn addresses(used: u64, resting: u64) -> String {
+    match (used.saturating_sub(resting), resting) {
+        (used, 0) => used.to_string(),
+        (used, resting) => format!("{used} ({resting} resting)"),
+    }
+}
+
 fn row(view: NetworkView, wide: bool) -> Vec<String> {
     let subnets = view
         .subnets
@@ -34,7 +42,7 @@ fn row(view: NetworkView, wide: bool) -> Vec<String> {
     let mut row = vec![
         view.network.name.to_string(),
         subnets.join(","),
-        view.addresses_used.to_string(),
+        addresses(view.addresses_used, view.addresses_resting),
         view.network.mtu.to_string(),
     ];
     if wide {

@@ -30,7 +30,7 @@ pub(crate) enum Op {
     /// Wait for the end of an operation; fails if it does
     Wait {
         /// Its id
-        #[arg(add = ArgValueCompleter::new(completion::operations))]
+        #[arg(add = ArgValueCompleter::new(completion::running))]
         operation: OperationId,
         /// Wait at most this long, then end with exit code 6
         #[arg(long, value_name = "SECONDS")]
@@ -39,7 +39,7 @@ pub(crate) enum Op {
     /// Give an operation up
     Cancel {
         /// Its id
-        #[arg(add = ArgValueCompleter::new(completion::operations))]
+        #[arg(add = ArgValueCompleter::new(completion::running))]
         operation: OperationId,
     },
 }

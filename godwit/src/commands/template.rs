@@ -1,6 +1,9 @@
 //! `godwit template`: what VMs are made from.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::ArgValueCompleter;
@@ -107,7 +110,17 @@ impl Template {
             Self::Build(build) => build.run(session).await,
             Self::Import(import) => import.run(session).await,
             Self::List => session.list("/v1/templates", None, HEADING, row).await,
-            Self::Show { template } => session.show(&format!("/v1/templates/{template}"), facts).await,
+            Self::Show { template } => {
+                let people = !session.format.is_data();
+                let pools = if people {
+                    session.names("/v1/pools").await?
+                } else {
+                    BTreeMap::new()
+                };
+                session
+                    .show(&format!("/v1/templates/{template}"), |view| facts(view, &pools))
+                    .await
+            }
             Self::Delete { template, wait } => {
                 let what = format!("template {template}");
                 let Some(answer) = session.delete(&format!("/v1/templates/{template}"), &what).await? else {
@@ -125,12 +138,27 @@ async fn create(session: &Session, name: &Name, content: &Content, wait: Wait) -
         .client
         .post("/v1/templates", &json!({ "name": name, "content": content }))
         .await?;
-    let followed = follow(&session.client, session.format, answer, wait.unless_told()).await?;
+    let followed = follow(&session.client, session.format, answer, wait.unless_told()).await;
+    let followed = followed.map_err(|failure| match failure.advice() {
+        "" if failure.exit() == Exit::Failed => failure.hint(go_on(name)),
+        _ => failure,
+    })?;
     said(session, followed.is_done(), &format!("template {name} is ready"))
+}
+
+/// How to go on after a template that failed: it keeps its name, and says why it did.
+fn go_on(name: &Name) -> String {
+    format!("remove it, which frees its name: godwit template delete {name}")
 }
 
 impl Import {
     async fn run(self, session: &Session) -> Result<(), Failure> {
+        for file in [&self.kernel, &self.initrd].into_iter().flatten() {
+            if let Err(error) = std::fs::File::open(file) {
+                let message = format!("cannot read {}: {error}", file.display());
+                return Err(Failure::new(Exit::Failed, message).hint("nothing was uploaded"));
+            }
+        }
         let disk = match &self.disk {
             Some(path) => Some(self.disk(session, path).await?),
             None => None,
@@ -233,7 +261,7 @@ fn row(view: View, wide: bool) -> Vec<String> {
     row
 }
 
-fn facts(view: View) -> String {
+fn facts(view: View, names: &BTreeMap<String, String>) -> String {
     let mut lines = vec![
         ("name", view.name.to_string()),
         ("id", view.id.to_string()),
@@ -244,9 +272,15 @@ fn facts(view: View) -> String {
     ];
     match &view.state {
         TemplateState::Failed { reason, .. } => {
-            lines.extend([("reason", reason.message.clone()), ("next", reason.hint.clone())]);
+            let next = Some(&reason.hint).filter(|hint| !hint.is_empty());
+            let next = next.cloned().unwrap_or_else(|| go_on(&view.name));
+            lines.extend([("reason", reason.message.clone()), ("next", next)]);
         }
-        TemplateState::Ready { pools } => lines.push(("pools", pools.len().to_string())),
+        TemplateState::Ready { pools } => {
+            let called = |id: String| names.get(&id).cloned().unwrap_or(id);
+            let pools: Vec<String> = pools.iter().map(|pool| called(pool.to_string())).collect();
+            lines.push(("pools", pools.join(", ")));
+        }
         TemplateState::Importing | TemplateState::Deleting => {}
     }
     if let Boot::Direct {

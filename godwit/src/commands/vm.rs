@@ -1,15 +1,23 @@
 //! `godwit vm`: virtual machines and what can be done with them.
 
+use std::collections::BTreeMap;
+
 use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::ArgValueCompleter;
-use model::{Name, command::CreateVm, layout::Family, name::Reference, query::VmView};
+use model::{
+    Name,
+    command::CreateVm,
+    layout::Family,
+    name::Reference,
+    query::{HostView, VmView},
+};
 use serde_json::json;
 
 use self::guest::Guest;
 use super::{Heading, Session, completion, host::said, plan};
 use crate::{
     exit::Failure,
-    follow::{Followed, Wait, follow},
+    follow::{Followed, Wait, follow, follow_saying},
     out::{self, receipt, table, units},
 };
 
@@ -97,7 +105,7 @@ pub(crate) struct Create {
     /// vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     vcpus: u16,
-    /// Memory, such as 512M or 2G
+    /// Memory, such as 512M or 2G; a plain number is MiB
     #[arg(long, default_value = "512M", value_parser = units::mebibytes, value_name = "SIZE")]
     memory: u64,
     /// Size of its disk, such as 10G; without it, the template's
@@ -107,13 +115,13 @@ pub(crate) struct Create {
     #[arg(long, value_enum, default_value_t)]
     machine: Machine,
     /// Its network; without it, `default`
-    #[arg(long)]
+    #[arg(long, add = ArgValueCompleter::new(completion::networks))]
     network: Option<Reference>,
     /// Its host; without it one is chosen
     #[arg(long, add = ArgValueCompleter::new(completion::hosts))]
     host: Option<Reference>,
     /// Its pool; without it one is chosen
-    #[arg(long)]
+    #[arg(long, add = ArgValueCompleter::new(completion::pools))]
     pool: Option<Reference>,
     #[command(flatten)]
     guest: Guest,
@@ -132,9 +140,9 @@ impl Vm {
         match self {
             Self::Create(create) => create.run(session).await,
             Self::List => session.list("/v1/vms", None, HEADING, row).await,
-            Self::Show(One { vm }) => session.show(&format!("/v1/vms/{vm}"), facts).await,
+            Self::Show(One { vm }) => show(session, &vm).await,
             Self::Start(verb) => verb.ask(session, "start", &json!({})).await,
-            Self::Stop { verb, grace } => verb.ask(session, "stop", &json!({ "grace_s": grace })).await,
+            Self::Stop { verb, grace } => stop(session, verb, grace).await,
             Self::Reboot(verb) => verb.ask(session, "reboot", &json!({})).await,
             Self::Kill(verb) => verb.ask(session, "kill", &json!({})).await,
             Self::Pause(verb) => verb.ask(session, "pause", &json!({})).await,
@@ -191,8 +199,27 @@ impl Create {
         }
         let answer = session.client.post("/v1/vms", &wanted).await?;
         let followed = follow(&session.client, session.format, answer, self.wait).await?;
-        now(session, &followed).await
+        now(session, &followed).await?;
+        warn_of_room(session, &followed).await
     }
+}
+
+async fn stop(session: &Session, verb: Verb, grace_s: u32) -> Result<(), Failure> {
+    let path = format!("/v1/vms/{}/stop", verb.one.vm);
+    let answer = session.client.post(&path, &json!({ "grace_s": grace_s })).await?;
+    let waiting_for = format!("waiting for the guest to power off, {grace_s} s at most");
+    let followed = follow_saying(&session.client, session.format, answer, verb.wait, &waiting_for).await?;
+    now(session, &followed).await?;
+    let operation = &followed.view.operation;
+    let took = operation
+        .finished_at
+        .map(|at| at.0.saturating_sub(operation.created_at.0));
+    if followed.is_done() && took.is_some_and(|took| took >= i64::from(grace_s) * 1000) {
+        out::note(&format!(
+            "the guest had not powered off within {grace_s} s: its plug was pulled"
+        ));
+    }
+    Ok(())
 }
 
 async fn migrate(session: &Session, verb: Verb, to: Option<Reference>, dry_run: bool) -> Result<(), Failure> {
@@ -211,6 +238,32 @@ async fn migrate(session: &Session, verb: Verb, to: Option<Reference>, dry_run: 
         }
         _ => Ok(()),
     }
+}
+
+/// Says to people where a disk may outgrow its pool: disks take room as they are written, and nothing keeps it free for them.
+async fn warn_of_room(session: &Session, followed: &Followed) -> Result<(), Failure> {
+    let target = followed.view.operation.target.id;
+    let view: VmView = out::read(&session.client.get(&format!("/v1/vms/{target}")).await?)?;
+    let Some(host) = &view.host else {
+        return Ok(());
+    };
+    // Who may not look at hosts is not told of their room.
+    let Ok(host) = session.client.get(&format!("/v1/hosts/{}", host.id)).await else {
+        return Ok(());
+    };
+    let host: HostView = out::read(&host)?;
+    let pools = host.host.status.facts.map(|facts| facts.pools).unwrap_or_default();
+    for volume in &view.volumes {
+        let pool = pools.iter().find(|pool| pool.id == volume.pool);
+        if let Some(pool) = pool.filter(|pool| pool.free_bytes < volume.size_bytes) {
+            let (most, free) = (units::show_bytes(volume.size_bytes), units::show_bytes(pool.free_bytes));
+            out::note(&format!(
+                "its disk may grow to {most}, and pool {} has {free} free: a guest that fills it will meet write errors",
+                pool.name
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Says to people how the VM is when an operation on it is done.
@@ -283,7 +336,27 @@ fn row(view: VmView, wide: bool) -> Vec<String> {
     row
 }
 
-fn facts(view: VmView) -> String {
+async fn show(session: &Session, vm: &Reference) -> Result<(), Failure> {
+    let path = format!("/v1/vms/{vm}");
+    if session.format.is_data() {
+        return session.show(&path, |view| facts(view, &Names::default())).await;
+    }
+    let names = Names {
+        networks: session.names("/v1/networks").await?,
+        pools: session.names("/v1/pools").await?,
+    };
+    session.show(&path, |view| facts(view, &names)).await
+}
+
+/// What the things are called that a VM names by their ids.
+#[derive(Default)]
+struct Names {
+    networks: BTreeMap<String, String>,
+    pools: BTreeMap<String, String>,
+}
+
+fn facts(view: VmView, names: &Names) -> String {
+    let called = |names: &BTreeMap<String, String>, id: String| names.get(&id).cloned().unwrap_or(id);
     let named = |name: Option<&Name>| name.map(ToString::to_string).unwrap_or_default();
     let mut lines = vec![
         ("name", view.name.to_string()),
@@ -308,19 +381,19 @@ fn facts(view: VmView) -> String {
             ),
         ),
     ]);
-    lines.extend(
-        view.ports
-            .iter()
-            .map(|port| ("port", format!("{}, {}", port.ip, port.mac))),
-    );
+    lines.extend(view.ports.iter().map(|port| {
+        let network = called(&names.networks, port.network.to_string());
+        ("port", format!("{}, {}, network {network}", port.ip, port.mac))
+    }));
     lines.extend(view.volumes.iter().map(|volume| {
         (
             "volume",
             format!(
-                "{}, {}, {}",
+                "{}, {}, {}, pool {}",
                 units::show_bytes(volume.size_bytes),
                 volume.format.as_str(),
-                volume.id
+                volume.id,
+                called(&names.pools, volume.pool.to_string())
             ),
         )
     }));

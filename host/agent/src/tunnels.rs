@@ -273,7 +273,8 @@ mod tests {
         let result = Tunnel::kept(dir.path(), process.clone(), fed);
         assert!(result.unwrap_err().contains("its record was not written"));
         // It was dropped, so nobody is told; the end of whoever watches is the end of the channel.
-        assert!(told.recv().await.is_none());
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(10), told.recv()).await;
+        assert!(ended.expect("it was ended").is_none());
         assert!(!Path::new(&format!("/proc/{}", process.process().pid)).exists());
     }
 }

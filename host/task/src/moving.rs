@@ -488,7 +488,8 @@ impl Task {
                 doing: "copying memory".to_owned(),
                 bytes: copy.bytes,
                 remaining_bytes: Some(copy.remaining_bytes),
-                round: Some(copy.round),
+                // As the receipt counts them: QEMU's own number grows also by rounds too short to be seen.
+                round: Some(self.moving.rounds.len() as u64 + u64::from(copy.remaining_bytes > 0)),
             };
             effects.push(Effect::Progress(operation, progress));
         }

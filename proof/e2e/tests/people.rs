@@ -135,7 +135,7 @@ fn two_people_in_two_projects_see_and_do_what_is_theirs(shared: &mut Shared) -> 
     alice.ends(
         &["vm", "list", "--state", &text(alice.home.path())?],
         Some(3),
-        "no server is known",
+        "no server keeps its state in",
     )?;
     for (user, project) in [("alice", "team-a"), ("bob", "team-b")] {
         shared.cluster.cli(&["user", "delete", user])?;
@@ -179,7 +179,7 @@ fn isolation(alice: &Person<'_>, bob: &Person<'_>) -> Result<()> {
         ["vm", "kill", &id],
         ["vm", "console", &id],
     ] {
-        bob.ends(&words, NOT_THERE, "there is no vm")?;
+        bob.ends(&words, NOT_THERE, "there is no VM")?;
     }
     bob.ends(
         &["vm", "list", "--project", "team-a"],

@@ -12,6 +12,7 @@ use std::{
 use axum::{
     body::{Body, HttpBody},
     extract::Request,
+    http::Version,
     response::Response,
 };
 use bytes::Bytes;
@@ -19,16 +20,20 @@ use http_body_util::BodyExt as _;
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::oneshot;
 
-/// What is read and dropped at most; who sends more than this for nothing finds the stream closed.
-const UNREAD_BYTES_MAX: usize = 16 << 20;
+/// What is read and dropped at most; who sends more than this for nothing, or announces it, finds the stream closed.
+const UNREAD_BYTES_MAX: u64 = 16 << 20;
 /// How long the answer waits for it at most.
-const UNREAD_MAX: Duration = Duration::from_secs(5);
+const UNREAD_MAX: Duration = Duration::from_secs(2);
 
 /// Answers by `answer`, which may leave the body unread.
 pub(super) async fn answered<F: Future<Output = Response>>(
     request: Request,
     answer: impl FnOnce(Request) -> F,
 ) -> Response {
+    // Over HTTP/1.1 the answer goes out at once, and the connection is closed behind it.
+    if request.version() != Version::HTTP_2 || request.body().size_hint().lower() > UNREAD_BYTES_MAX {
+        return answer(request).await;
+    }
     let (parts, body) = request.into_parts();
     let (back, mut given_back) = oneshot::channel();
     let lent = Lent { body, back: Some(back) };
@@ -46,7 +51,7 @@ async fn dropped(mut body: Body) {
     while bytes <= UNREAD_BYTES_MAX
         && let Some(Ok(frame)) = body.frame().await
     {
-        bytes += frame.data_ref().map_or(0, Bytes::len);
+        bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
     }
 }
 
