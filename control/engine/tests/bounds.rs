@@ -8,22 +8,12 @@
 
 mod cell;
 
-use cell::{Cell, boot, by_name, facts};
+use cell::{Cell, boot, by_name, facts, inventory};
 use model::{
     Code, Command, Generation, HostId, Order, Refusal, Report, Revision, VmId, VmState,
-    order::{Happening, OffCause, Verb, VmObserved},
+    order::{Happening, OffCause, Verb},
 };
 use uuid::Uuid;
-
-fn inventory(vm: VmId, generation: Generation, revision: Revision, what: Happening) -> Report {
-    let vms = vec![VmObserved {
-        vm,
-        generation,
-        revision,
-        what,
-    }];
-    Report::Inventory { vms }
-}
 
 /// Bytes that the world takes as it is stored.
 fn size(cell: &Cell) -> usize {

@@ -8,26 +8,14 @@
 
 mod cell;
 
-use cell::{Cell, by_name, content, facts, wanted};
+use cell::{Cell, by_name, content, facts, inventory, wanted};
 use model::{
     BootId, Code, Command, Digest, Generation, HostId, Message, OperationId, Order, Receipt, Refusal, Report, Revision,
     VmId, VmState,
-    order::{
-        Happening, OffCause, Relay, TemplateOrder, TemplateReport, TemplateVerb, Verb, VmObserved, VmOrder, VmReport,
-    },
+    order::{Happening, OffCause, Relay, TemplateOrder, TemplateReport, TemplateVerb, Verb, VmOrder, VmReport},
     template::TemplateState,
 };
 use uuid::Uuid;
-
-fn inventory(vm: VmId, generation: Generation, revision: Revision, what: Happening) -> Report {
-    let vms = vec![VmObserved {
-        vm,
-        generation,
-        revision,
-        what,
-    }];
-    Report::Inventory { vms }
-}
 
 fn alarms(cell: &Cell) -> usize {
     let notices = cell.world.notices(model::id::Sequence(0));

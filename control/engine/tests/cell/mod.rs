@@ -13,7 +13,7 @@ use model::{
     host::{Accelerator, Hypervisor, PoolFacts},
     layout::Family,
     name::Reference,
-    order::{Happening, TemplateReport, VmOrder, VmReport},
+    order::{Happening, TemplateReport, VmObserved, VmOrder, VmReport},
     storage::Format,
     template::{Blob, Boot, Content, Disk, Seed},
 };
@@ -87,6 +87,17 @@ pub(crate) fn facts(boot: BootId, pools: &[(PoolId, &str)]) -> HostFacts {
             .collect(),
         agent_version: "0.1.0".to_owned(),
     }
+}
+
+/// An inventory of one VM.
+pub(crate) fn inventory(vm: VmId, generation: Generation, revision: Revision, what: Happening) -> Report {
+    let vms = vec![VmObserved {
+        vm,
+        generation,
+        revision,
+        what,
+    }];
+    Report::Inventory { vms }
 }
 
 pub(crate) fn content() -> Content {
