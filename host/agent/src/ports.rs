@@ -40,6 +40,11 @@ impl Ports {
         self.known.extend(ports.into_iter().map(|port| (port.id, port)));
     }
 
+    /// One of them, if it is known here.
+    pub(crate) fn known(&self, port: PortId) -> Option<&Port> {
+        self.known.get(&port)
+    }
+
     /// Those of which only the kernel knows as yet.
     pub(crate) fn unknown(&self, ports: &[PortUse]) -> Vec<PortId> {
         let ids = ports.iter().map(|port| port.port);
@@ -114,12 +119,17 @@ impl Ports {
 
 /// Looks for ports. Waits as long as the kernel's listings take.
 pub(crate) fn look_for(network: &Network, ports: Vec<PortId>) -> Found {
-    let look = |port: PortId| match network.find_port(port) {
+    let look = |port| (port, look_for_one(network, port));
+    ports.into_iter().map(look).collect()
+}
+
+/// Looks for one port, with the same wait.
+pub(crate) fn look_for_one(network: &Network, port: PortId) -> Result<Port, String> {
+    match network.find_port(port) {
         Ok(Some(found)) => Ok(found.port),
         Ok(None) => Err("its tap is gone".to_owned()),
         Err(error) => Err(chain(&error)),
-    };
-    ports.into_iter().map(|port| (port, look(port))).collect()
+    }
 }
 
 #[cfg(test)]

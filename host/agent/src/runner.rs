@@ -419,7 +419,7 @@ impl Runner {
         match wish {
             Missed::Keep => {
                 if let Some(definition) = &self.task.saved().definition {
-                    self.standstill.keep(&self.shared, definition);
+                    self.standstill.keep(&self.shared, &self.ports, definition);
                 }
             }
             Missed::HandOver {

@@ -24,7 +24,12 @@ use tokio::{
 };
 use wire::{GuestFrame, Missed, peer::MISSED_BYTES_MAX};
 
-use crate::{shared::Shared, template::chain, tunnels::watched};
+use crate::{
+    ports::{self, Ports},
+    shared::Shared,
+    template::chain,
+    tunnels::watched,
+};
 
 /// Frames handed over for one port in one move: as many as a tap's queue holds.
 const FRAMES_MAX: usize = 1000;
@@ -60,9 +65,9 @@ pub(crate) struct Move {
 
 impl Standstill {
     /// From now on the guest may stand at any time.
-    pub(crate) fn keep(&mut self, shared: &Shared, definition: &Definition) {
+    pub(crate) fn keep(&mut self, shared: &Shared, ports: &Ports, definition: &Definition) {
         match &mut self.ports {
-            None => self.ports = Some(begin(shared, definition)),
+            None => self.ports = Some(begin(shared, ports, definition)),
             // It still runs: it had all that is older.
             Some(ports) => {
                 for (port, keeper) in ports {
@@ -99,17 +104,16 @@ impl Drop for Standstill {
     }
 }
 
-fn begin(shared: &Shared, definition: &Definition) -> Vec<(PortId, Keeper)> {
+fn begin(shared: &Shared, ports: &Ports, definition: &Definition) -> Vec<(PortId, Keeper)> {
+    let network = &shared.network;
     let mut kept = vec![];
     for port in &definition.ports {
-        let keeper = match shared.network.find_port(port.port) {
-            Ok(Some(found)) => shared
-                .network
-                .keep_frames(&found.port, port.mac)
-                .map_err(|error| chain(&error)),
-            Ok(None) => Err("its tap is gone".to_owned()),
-            Err(error) => Err(chain(&error)),
+        // A restarted agent may still be looking for it aside.
+        let found = match ports.known(port.port) {
+            Some(known) => Ok(known.clone()),
+            None => ports::look_for_one(network, port.port),
         };
+        let keeper = found.and_then(|found| network.keep_frames(&found, port.mac).map_err(|error| chain(&error)));
         match keeper {
             Ok(keeper) => kept.push((port.port, keeper)),
             Err(why) => {
@@ -272,15 +276,11 @@ fn give(shared: &Shared, from: HostId, missed: &Missed) {
         tracing::debug!(%vm, %port, %from, "frames for a guest that did not come from there are dropped");
         return;
     }
-    let given = match shared.network.find_port(port) {
-        Ok(Some(found)) => missed
-            .frames
-            .iter()
-            .try_for_each(|frame| shared.network.give_frame(&found.port, &frame.0))
-            .map_err(|error| chain(&error)),
-        Ok(None) => Err("its tap is gone".to_owned()),
-        Err(error) => Err(chain(&error)),
-    };
+    let given = ports::look_for_one(&shared.network, port).and_then(|found| {
+        let mut frames = missed.frames.iter();
+        let given = frames.try_for_each(|frame| shared.network.give_frame(&found, &frame.0));
+        given.map_err(|error| chain(&error))
+    });
     match given {
         Ok(()) => tracing::debug!(%vm, %port, frames = missed.frames.len(), "the guest was given what it missed"),
         Err(why) => tracing::warn!(%vm, %port, %from, why, "the guest was not given all that it missed"),
