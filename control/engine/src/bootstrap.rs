@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use model::{
     Actor, Change, Network, NetworkId, Project, ProjectId, Role, Row, Subnet, SubnetId, TokenId,
     access::{ApiToken, Quota, TokenHash, TokenKind, Usage, Via},
+    addressing::Addressing,
     network::NetworkMode,
 };
 
@@ -57,6 +58,7 @@ impl World {
                 name,
                 mode: NetworkMode::Bridged,
                 mtu: b.mtu,
+                addressing: Addressing::default(),
             }),
             Row::Subnet(Subnet {
                 id: b.subnet,

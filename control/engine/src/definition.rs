@@ -58,6 +58,8 @@ fn port(world: &World, id: model::PortId) -> Option<PortUse> {
         prefix: subnet.prefix,
         gateway: subnet.gateway,
         mtu: network.mtu,
+        v6: port.v6,
+        addressing: network.addressing.clone(),
     })
 }
 

@@ -22,6 +22,7 @@
 //! - Nothing here walks all VMs: a step costs what it concerns, a tick is bounded.
 
 mod abandon;
+mod addressing;
 pub mod audit;
 mod bootstrap;
 mod cancel;

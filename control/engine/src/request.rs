@@ -12,7 +12,7 @@ use model::{
 use uuid::Uuid;
 
 use crate::{
-    abandon, cancel, create, hosts, lifecycle, migration, people, projects, templates,
+    abandon, addressing, cancel, create, hosts, lifecycle, migration, people, projects, templates,
     txn::{Txn, target},
     world::World,
 };
@@ -203,6 +203,7 @@ fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
         Command::CreateProject { name, quota } => projects::create(txn, request, name, *quota),
         Command::DeleteProject(project) => projects::delete(txn, request, project),
         Command::SetQuota { project, quota } => projects::set_quota(txn, request, project, *quota),
+        Command::SetAddressing { network, addressing } => addressing::set(txn, request, network, addressing),
         Command::CreateUser { name, password } => people::create(txn, request, name, password),
         Command::SetPassword { user, password } => people::set_password(txn, request, user, password),
         Command::SetUserDisabled { user, disabled } => people::set_disabled(txn, request, user, *disabled),

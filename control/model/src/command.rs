@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::{
     Actor, HostId, Millis, Name, Operation, RequestId, Revision, Role, Timestamp, TokenId, VmId,
     access::{JoinToken, PasswordHash, Quota, TokenHash},
+    addressing::Addressing,
     audit::AuditNote,
     layout::Family,
     name::Reference,
@@ -128,6 +129,14 @@ pub enum Command {
         /// What they may hold at most.
         quota: Quota,
     },
+    /// Say what guests of a network are told beside their IPv4 addresses, and how. Its IPv6 prefix may change only while it has no ports.
+    /// VMs that run learn the rest when they start again or move.
+    SetAddressing {
+        /// Which.
+        network: Reference,
+        /// What they are told.
+        addressing: Addressing,
+    },
     /// Make a user, who may do nothing yet. Legal when the name is free.
     CreateUser {
         /// Its name.
@@ -215,9 +224,11 @@ impl Command {
             | Self::ResumeVm(_)
             | Self::MigrateVm { .. }
             | Self::CancelOperation(_) => Role::Operator,
-            Self::CreateVm(_) | Self::DeleteVm(_) | Self::CreateTemplate { .. } | Self::DeleteTemplate(_) => {
-                Role::ProjectAdmin
-            }
+            Self::CreateVm(_)
+            | Self::DeleteVm(_)
+            | Self::CreateTemplate { .. }
+            | Self::DeleteTemplate(_)
+            | Self::SetAddressing { .. } => Role::ProjectAdmin,
             Self::AddJoinToken(_)
             | Self::JoinHost { .. }
             | Self::SetSchedulable { .. }
@@ -271,6 +282,7 @@ impl Command {
             Self::CreateProject { .. } => "project.create",
             Self::DeleteProject(_) => "project.delete",
             Self::SetQuota { .. } => "project.set-quota",
+            Self::SetAddressing { .. } => "network.set-addressing",
             Self::CreateUser { .. } => "user.create",
             Self::SetPassword { .. } => "user.set-password",
             Self::SetUserDisabled { disabled: true, .. } => "user.disable",
@@ -304,6 +316,7 @@ impl Command {
             | Self::DeleteTemplate(of)
             | Self::DeleteProject(of)
             | Self::SetQuota { project: of, .. }
+            | Self::SetAddressing { network: of, .. }
             | Self::SetPassword { user: of, .. }
             | Self::SetUserDisabled { user: of, .. }
             | Self::DeleteUser(of)

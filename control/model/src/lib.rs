@@ -13,6 +13,7 @@
 //! - Nothing secret is a plain field: see [`secret::Secret`] and [`seed::UserData`].
 
 pub mod access;
+pub mod addressing;
 pub mod audit;
 pub mod change;
 pub mod command;

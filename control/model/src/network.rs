@@ -1,12 +1,18 @@
 //! Networks, their address ranges, and the ports by which VMs attach to them.
 
-use std::{fmt, net::Ipv4Addr, str::FromStr};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
 
-use crate::{Generation, HostId, Name, NetworkId, PortId, ProjectId, SubnetId, Timestamp, VmId};
+use crate::{
+    Generation, HostId, Name, NetworkId, PortId, ProjectId, SubnetId, Timestamp, VmId, addressing::Addressing,
+};
 
 /// A layer-2 segment that spans the hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -21,6 +27,9 @@ pub struct Network {
     pub mode: NetworkMode,
     /// Largest packet, bytes.
     pub mtu: u16,
+    /// What its guests are told beside their IPv4 addresses, and how.
+    #[serde(default)]
+    pub addressing: Addressing,
 }
 
 /// How hosts carry a network.
@@ -70,6 +79,10 @@ pub struct Port {
     /// Its address.
     #[schema(value_type = String)]
     pub ip: Ipv4Addr,
+    /// Its IPv6 address, where its network has a prefix: see [`crate::addressing::V6Prefix::address_of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub v6: Option<Ipv6Addr>,
     /// Its VM; `None` while a released address rests.
     pub vm: Option<VmId>,
     /// The host on which its frames are let through.

@@ -1,12 +1,13 @@
 //! Between controller and agents: orders down, reports up.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Epoch, Generation, HostFacts, HostId, Mac, Message, Millis, Name, OperationId, PoolId, PortId, Receipt, Refusal,
     Revision, TemplateId, Terms, VmId, VolumeId,
+    addressing::Addressing,
     layout::Layout,
     operation::Progress,
     seed::GuestSeed,
@@ -192,6 +193,12 @@ pub struct PortUse {
     pub gateway: Option<Ipv4Addr>,
     /// Largest packet, bytes.
     pub mtu: u16,
+    /// Its IPv6 address, with a prefix of 64 bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub v6: Option<Ipv6Addr>,
+    /// What its guest is told beside its addresses, and how.
+    #[serde(default)]
+    pub addressing: Addressing,
 }
 
 /// What a host is told to do with a template.

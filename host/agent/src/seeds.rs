@@ -217,6 +217,8 @@ mod tests {
                 prefix: 24,
                 gateway: None,
                 mtu: 1450,
+                v6: None,
+                addressing: model::addressing::Addressing::default(),
             }],
         }
     }

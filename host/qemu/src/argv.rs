@@ -384,6 +384,8 @@ mod tests {
                 prefix: 24,
                 gateway: None,
                 mtu: 1500,
+                v6: None,
+                addressing: model::addressing::Addressing::default(),
             }],
         }
     }

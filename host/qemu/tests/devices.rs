@@ -70,6 +70,8 @@ fn port(mac: [u8; 6]) -> PortUse {
         prefix: 24,
         gateway: Some([10, 91, 0, 1].into()),
         mtu: 1450,
+        v6: None,
+        addressing: model::addressing::Addressing::default(),
     }
 }
 

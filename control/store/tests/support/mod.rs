@@ -82,6 +82,7 @@ pub fn base() -> Vec<Row> {
             name: name("default"),
             mode: NetworkMode::Bridged,
             mtu: 1500,
+            addressing: model::addressing::Addressing::default(),
         }),
         Row::Subnet(Subnet {
             id: SubnetId(uuid(SUBNET)),
@@ -162,6 +163,7 @@ pub fn port(n: u128) -> Port {
         subnet: SubnetId(uuid(SUBNET)),
         mac: Mac::of_port(id),
         ip: Ipv4Addr::from(0x0a00_0000 + (n >> 8) as u32),
+        v6: None,
         vm: Some(VmId(uuid(n))),
         bound: Some(HostId(uuid(HOST))),
         generation: Generation(1),

@@ -54,6 +54,8 @@ pub(crate) fn definition() -> Box<Definition> {
             prefix: 16,
             gateway: None,
             mtu: 1500,
+            v6: None,
+            addressing: model::addressing::Addressing::default(),
         }],
     })
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
+use model::addressing::{Addressing, AddressingMethod, MetadataAccess, V6Prefix};
 use model::host::{Accelerator, Hypervisor, PoolFacts};
 use model::layout::{Device, DeviceKind, Family};
 use model::operation::Progress;
@@ -65,6 +66,20 @@ fn place() -> VolumePlace {
     }
 }
 
+fn addressing() -> Addressing {
+    Addressing {
+        method: AddressingMethod::Dhcp,
+        v6: Some(V6Prefix {
+            address: "fd00:91::".parse().unwrap(),
+            gateway: Some("fe80::1".parse().unwrap()),
+        }),
+        dns: vec!["9.9.9.9".parse().unwrap(), "2620:fe::fe".parse().unwrap()],
+        search: Some("a.example".into()),
+        lease_s: 600,
+        metadata: MetadataAccess::Open,
+    }
+}
+
 fn boot() -> Boot {
     Boot::Direct {
         kernel: blob(1),
@@ -114,6 +129,8 @@ fn definition() -> Box<Definition> {
             prefix: 24,
             gateway: Some(Ipv4Addr::new(10, 91, 0, 1)),
             mtu: 1500,
+            v6: None,
+            addressing: model::addressing::Addressing::default(),
         }],
     })
 }
@@ -326,6 +343,19 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
     ups
 }
 
+fn start_addressed() -> Verb {
+    let mut definition = definition();
+    definition.ports.iter_mut().for_each(|port| {
+        port.addressing = addressing();
+        port.v6 = addressing().v6.map(|prefix| prefix.address_of(port.mac));
+    });
+    Verb::Start {
+        definition,
+        paused: false,
+        seed: None,
+    }
+}
+
 /// All frames from controller to agent.
 pub(crate) fn downs() -> Vec<(String, Down)> {
     let template = |verb| {
@@ -365,6 +395,7 @@ pub(crate) fn downs() -> Vec<(String, Down)> {
         })),
     };
     orders.push(("vm-start-seeded".into(), vm_order(seeded)));
+    orders.push(("vm-start-addressed".into(), vm_order(start_addressed())));
     let fetch = |boot| template(TemplateVerb::Fetch { content: content(boot) });
     let drop = TemplateVerb::Drop {
         blobs: vec![Digest([3; 32])],
