@@ -343,6 +343,21 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
     ups
 }
 
+fn start_seeded() -> Verb {
+    Verb::Start {
+        definition: Box::new(Definition {
+            layout: definition().layout.with_seed(),
+            ..*definition()
+        }),
+        paused: false,
+        seed: Some(Box::new(GuestSeed {
+            hostname: "web1.example".into(),
+            ssh_keys: vec!["ssh-ed25519 AAAAC3Nz me".into()],
+            user_data: Some(UserData::new("#cloud-config\n{}\n".into())),
+        })),
+    }
+}
+
 fn start_addressed() -> Verb {
     let mut definition = definition();
     definition.ports.iter_mut().for_each(|port| {
@@ -382,19 +397,7 @@ pub(crate) fn downs() -> Vec<(String, Down)> {
         .into_iter()
         .map(|verb| (format!("vm-{}", verb.name()), vm_order(verb)))
         .collect();
-    let seeded = Verb::Start {
-        definition: Box::new(Definition {
-            layout: definition().layout.with_seed(),
-            ..*definition()
-        }),
-        paused: false,
-        seed: Some(Box::new(GuestSeed {
-            hostname: "web1.example".into(),
-            ssh_keys: vec!["ssh-ed25519 AAAAC3Nz me".into()],
-            user_data: Some(UserData::new("#cloud-config\n{}\n".into())),
-        })),
-    };
-    orders.push(("vm-start-seeded".into(), vm_order(seeded)));
+    orders.push(("vm-start-seeded".into(), vm_order(start_seeded())));
     orders.push(("vm-start-addressed".into(), vm_order(start_addressed())));
     let fetch = |boot| template(TemplateVerb::Fetch { content: content(boot) });
     let drop = TemplateVerb::Drop {
