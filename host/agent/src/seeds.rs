@@ -16,13 +16,10 @@ use std::{
 };
 
 use driver::Mode;
-use image::{
-    Pool,
-    seed::{Seed, SeedPort},
-};
+use image::{Pool, seed::Seed};
 use model::{
     Code, Definition, Refusal, VmId,
-    order::{PortUse, Verb, VmOrder},
+    order::{Verb, VmOrder},
     seed::GuestSeed,
 };
 
@@ -111,20 +108,12 @@ fn open_or_make(pool: &Pool, directory: &Path, definition: &Definition, mode: Mo
 }
 
 fn image_of(definition: &Definition, told: GuestSeed) -> Seed {
-    let port = |port: &PortUse| SeedPort {
-        mac: port.mac,
-        ip: port.ip,
-        prefix: port.prefix,
-        gateway: port.gateway,
-        mtu: port.mtu,
-        dns: vec![],
-    };
     Seed {
         instance_id: definition.vm.to_string(),
         hostname: told.hostname,
         ssh_keys: told.ssh_keys,
         user_data: told.user_data.map(|data| data.expose().as_bytes().to_vec()),
-        ports: definition.ports.iter().map(port).collect(),
+        ports: definition.ports.clone(),
     }
 }
 
@@ -172,6 +161,7 @@ mod tests {
         Epoch, Generation, Mac, OperationId, PoolId, PortId, Revision,
         host::Accelerator,
         layout::{Family, Layout},
+        order::PortUse,
         seed::UserData,
         template::Boot,
     };

@@ -64,6 +64,33 @@ pub(crate) fn image(label: &str, members: &[Member<'_>]) -> Vec<u8> {
     image
 }
 
+/// The files of an image that [`image`] made, by the names that guests see. What is damaged is left out: images lie where others may
+/// write.
+pub(crate) fn files(image: &[u8]) -> Vec<(&str, &[u8])> {
+    let mut found = vec![];
+    let start = ROOT as usize * SECTOR;
+    let mut records = image.get(start..start + SECTOR).unwrap_or_default();
+    while let Some((&length, _)) = records.split_first()
+        && let Some((record, rest)) = records.split_at_checked(usize::from(length).max(1))
+        && length > 0
+    {
+        found.extend(file(image, record));
+        records = rest;
+    }
+    found
+}
+
+fn file<'i>(image: &'i [u8], record: &'i [u8]) -> Option<(&'i str, &'i [u8])> {
+    let number = |at: usize| Some(u32::from_le_bytes(record.get(at..at + 4)?.try_into().ok()?) as usize);
+    let (start, length) = (number(2)?.checked_mul(SECTOR)?, number(10)?);
+    let at = record.windows(5).position(|w| w.starts_with(b"NM") && w[3] == 1)?;
+    let name = record.get(at + 5..at + usize::from(record[at + 2]))?;
+    Some((
+        std::str::from_utf8(name).ok()?,
+        image.get(start..start.checked_add(length)?)?,
+    ))
+}
+
 /// The primary volume descriptor (ECMA-119, 8.4).
 fn descriptor(label: &str, sectors: u32) -> Vec<u8> {
     let mut all = b"\x01CD001\x01\x00".to_vec();
@@ -174,23 +201,31 @@ mod tests {
             [1, 0],
             "the descriptor's version is at its place"
         );
-        let root = number(descriptor + 156 + 2) * SECTOR;
-        let mut at = root;
-        let mut found = Vec::new();
-        while image[at] != 0 {
-            let record = &image[at..at + usize::from(image[at])];
-            let (start, length) = (number(at + 2) * SECTOR, number(at + 10));
-            let name = record.windows(5).position(|w| w.starts_with(b"NM") && w[3] == 1);
-            if let Some(name) = name {
-                let end = name + usize::from(record[name + 2]);
-                found.push((record[name + 5..end].to_vec(), image[start..start + length].to_vec()));
-            }
-            at += record.len();
+        assert_eq!(number(descriptor + 156 + 2), ROOT as usize);
+        let wanted: Vec<_> = members.iter().map(|member| (member.name, member.content)).collect();
+        assert_eq!(files(&image), wanted);
+    }
+
+    #[test]
+    fn what_is_damaged_is_left_out() {
+        let good = image(
+            "cidata",
+            &[Member {
+                plain: "ONE",
+                name: "one",
+                content: b"1",
+            }],
+        );
+        assert_eq!(files(&good), [("one", &b"1"[..])]);
+        for length in [0, 100, 20 * SECTOR + 1, good.len() - SECTOR] {
+            assert!(files(&good[..length]).is_empty());
         }
-        let wanted: Vec<_> = members
-            .iter()
-            .map(|member| (member.name.as_bytes().to_vec(), member.content.to_vec()))
-            .collect();
-        assert_eq!(found, wanted);
+        let root = ROOT as usize * SECTOR;
+        for place in root..root + 300 {
+            let mut bad = good.clone();
+            bad[place] = 0xff;
+            // Nothing breaks, and nothing beyond the image is read.
+            assert!(files(&bad).len() <= 1);
+        }
     }
 }

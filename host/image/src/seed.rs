@@ -6,14 +6,20 @@
 
 use crate::iso::{self, Member};
 use crate::pool::{Pool, PoolError, VOLUMES};
+use model::VmId;
+use model::addressing::{AddressingMethod, V6_PREFIX_LENGTH};
+use model::order::PortUse;
 use model::seed::{SSH_KEYS_MAX, USER_DATA_BYTES_MAX, check_key, is_hostname};
-use model::{Mac, VmId};
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Map, Value, json};
-use std::io::{ErrorKind, Write as _};
-use std::net::{IpAddr, Ipv4Addr};
+use std::fs::File;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 
+/// What a disk has for cloud-init where nothing was given.
+const NO_USER_DATA: &[u8] = b"#cloud-config\n{}\n";
+/// Longest disk that is read back, bytes.
+const DISK_BYTES_MAX: u64 = 1 << 20;
 const PORTS_MAX: usize = 16;
 const DNS_MAX: usize = 8;
 /// The volume's label, by which cloud-init finds it.
@@ -30,25 +36,21 @@ pub struct Seed {
     pub ssh_keys: Vec<String>,
     /// For cloud-init, as it is; `None` for nothing. A secret: people put passwords here.
     pub user_data: Option<Vec<u8>>,
-    /// Its network cards.
-    pub ports: Vec<SeedPort>,
+    /// Its network cards, each found by its hardware address.
+    pub ports: Vec<PortUse>,
 }
 
-/// A network card, found by its hardware address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SeedPort {
-    /// Its hardware address.
-    pub mac: Mac,
-    /// Its address.
-    pub ip: Ipv4Addr,
-    /// Prefix length of its subnet, 0 to 32.
-    pub prefix: u8,
-    /// The way out.
-    pub gateway: Option<Ipv4Addr>,
-    /// Largest packet, bytes.
-    pub mtu: u16,
-    /// Name servers.
-    pub dns: Vec<IpAddr>,
+/// What a seed's disk says, as its guest reads it. User-data is a secret.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SeedFiles {
+    /// The guest's host name.
+    pub hostname: String,
+    /// Public keys of the people who may log in.
+    pub ssh_keys: Vec<String>,
+    /// For cloud-init, as it was given; `None` for nothing.
+    pub user_data: Option<Vec<u8>>,
+    /// Its network cards, in cloud-init's version 2.
+    pub network_config: Vec<u8>,
 }
 
 /// Why there is no seed. User-data is never repeated in a message.
@@ -90,7 +92,7 @@ impl Seed {
     /// See [`SeedError`]: everything is judged before anything is made.
     pub fn iso(&self) -> Result<Vec<u8>, SeedError> {
         self.check()?;
-        let user_data = self.user_data.as_deref().unwrap_or(b"#cloud-config\n{}\n");
+        let user_data = self.user_data.as_deref().unwrap_or(NO_USER_DATA);
         let (meta_data, network_config) = (text(&self.meta_data()), text(&self.network_config()));
         let member = |plain, name, content| Member { plain, name, content };
         Ok(iso::image(
@@ -111,7 +113,12 @@ impl Seed {
         if !is_hostname(&self.hostname) {
             return Err(SeedError::Hostname(self.hostname.clone()));
         }
-        let dns = self.ports.iter().map(|port| port.dns.len()).max().unwrap_or(0);
+        let dns = self
+            .ports
+            .iter()
+            .map(|port| port.addressing.dns.len())
+            .max()
+            .unwrap_or(0);
         let bytes = self.user_data.as_ref().map_or(0, Vec::len);
         for (what, given, limit) in [
             ("SSH keys", self.ssh_keys.len(), SSH_KEYS_MAX),
@@ -144,24 +151,61 @@ impl Seed {
     }
 
     fn network_config(&self) -> Value {
-        let cards = self.ports.iter().enumerate().map(|(index, port)| {
-            let mut card = json!({
-                "match": {"macaddress": port.mac.to_string()},
-                "dhcp4": false,
-                "dhcp6": false,
-                "mtu": port.mtu,
-                "addresses": [format!("{}/{}", port.ip, port.prefix)],
-            });
-            if let Some(gateway) = port.gateway {
-                // Not `default`: cloud-init of Debian 12 does not know that word.
-                card["routes"] = json!([{"to": "0.0.0.0/0", "via": gateway}]);
-            }
-            if !port.dns.is_empty() {
-                card["nameservers"] = json!({"addresses": port.dns});
-            }
-            (format!("net{index}"), card)
-        });
+        let cards = self.ports.iter().enumerate();
+        let cards = cards.map(|(index, port)| (format!("net{index}"), card(port)));
         json!({"version": 2, "ethernets": cards.collect::<Map<String, Value>>()})
+    }
+}
+
+/// A card as cloud-init's version 2 has it. What a guest asks for by DHCP is not said here.
+fn card(port: &PortUse) -> Value {
+    let told = &port.addressing;
+    let asks = told.method == AddressingMethod::Dhcp;
+    let mut card = json!({
+        "match": {"macaddress": port.mac.to_string()},
+        "dhcp4": asks,
+        "dhcp6": false,
+        "mtu": port.mtu,
+    });
+    let (mut addresses, mut routes) = (vec![], vec![]);
+    if !asks {
+        addresses.push(format!("{}/{}", port.ip, port.prefix));
+        // Not `default`: cloud-init of Debian 12 does not know that word.
+        routes.extend(port.gateway.map(|via| json!({"to": "0.0.0.0/0", "via": via})));
+    }
+    if let Some(ip) = port.v6 {
+        addresses.push(format!("{ip}/{V6_PREFIX_LENGTH}"));
+        let gateway = told.v6.and_then(|prefix| prefix.gateway);
+        routes.extend(gateway.map(|via| json!({"to": "::/0", "via": via})));
+    }
+    if !addresses.is_empty() {
+        card["addresses"] = json!(addresses);
+    }
+    if !routes.is_empty() {
+        card["routes"] = json!(routes);
+    }
+    if !asks && !told.dns.is_empty() {
+        card["nameservers"] = json!({"addresses": told.dns});
+        if let Some(search) = &told.search {
+            card["nameservers"]["search"] = json!([search]);
+        }
+    }
+    card
+}
+
+impl SeedFiles {
+    /// What an image says; `None` where it is none of ours, or damaged.
+    fn of(image: &[u8]) -> Option<Self> {
+        let files = iso::files(image);
+        let file = |name| files.iter().find(|(of, _)| *of == name).map(|(_, bytes)| *bytes);
+        let meta_data: Value = serde_json::from_slice(file("meta-data")?).ok()?;
+        let keys = meta_data["public-keys"].as_array()?.iter();
+        Some(Self {
+            hostname: meta_data["local-hostname"].as_str()?.to_owned(),
+            ssh_keys: keys.filter_map(Value::as_str).map(str::to_owned).collect(),
+            user_data: Some(file("user-data")?.to_vec()).filter(|data| data != NO_USER_DATA),
+            network_config: file("network-config")?.to_vec(),
+        })
     }
 }
 
@@ -179,6 +223,26 @@ impl Pool {
             Err(error) if error.source.kind() == ErrorKind::NotFound => Ok(None),
             file => self.regular(&name, file?).map(Some),
         }
+    }
+
+    /// What a VM's seed image says; `None` where there is none.
+    ///
+    /// # Errors
+    /// See [`PoolError`]. One that is damaged is refused, without being told.
+    pub fn read_seed(&self, vm: VmId) -> Result<Option<SeedFiles>, PoolError> {
+        let Some(file) = self.open_seed(vm)? else {
+            return Ok(None);
+        };
+        let fail = |source| PoolError {
+            doing: "read",
+            path: self.path().join(VOLUMES).join(seed_name(vm)),
+            source,
+        };
+        let mut image = Vec::new();
+        let read = File::from(file).take(DISK_BYTES_MAX).read_to_end(&mut image);
+        read.map_err(fail)?;
+        let damaged = || fail(ErrorKind::InvalidData.into());
+        SeedFiles::of(&image).map(Some).ok_or_else(damaged)
     }
 
     /// Keeps a VM's seed image beside its volumes, durably, at once: nobody sees it half. One that is there is replaced.
@@ -218,6 +282,8 @@ mod tests {
     use super::*;
     use crate::iso::SECTOR;
     use crate::process::Run;
+    use model::Mac;
+    use model::addressing::{Addressing, V6Prefix};
     use std::time::Duration;
 
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIL0 me: \"here\" #x";
@@ -228,13 +294,19 @@ mod tests {
             hostname: "web1.example".into(),
             ssh_keys: vec![KEY.into()],
             user_data: Some(b"#!/bin/sh\necho '\xff: {'\n".to_vec()),
-            ports: vec![SeedPort {
+            ports: vec![PortUse {
+                port: model::PortId(uuid::Uuid::from_u128(1)),
                 mac: Mac([0x52, 0x54, 0, 1, 2, 3]),
                 ip: [10, 91, 0, 7].into(),
                 prefix: 24,
                 gateway: Some([10, 91, 0, 1].into()),
                 mtu: 1450,
-                dns: vec![[10, 91, 0, 1].into()],
+                v6: None,
+                addressing: Addressing {
+                    dns: vec!["10.91.0.1".parse().unwrap(), "2620:fe::fe".parse().unwrap()],
+                    search: Some("a.example".into()),
+                    ..Addressing::default()
+                },
             }],
         }
     }
@@ -274,7 +346,38 @@ mod tests {
         assert_eq!(card["match"]["macaddress"], "52:54:00:01:02:03");
         assert_eq!(card["addresses"], json!(["10.91.0.7/24"]));
         assert_eq!(card["routes"], json!([{"to": "0.0.0.0/0", "via": "10.91.0.1"}]));
-        assert_eq!(card["nameservers"]["addresses"], json!(["10.91.0.1"]));
+        assert_eq!(
+            card["nameservers"],
+            json!({"addresses": ["10.91.0.1", "2620:fe::fe"], "search": ["a.example"]})
+        );
+        assert_eq!(card["dhcp4"], false);
+    }
+
+    #[test]
+    fn ipv6_is_said_beside_it_and_what_a_guest_asks_for_is_not_said() {
+        let mut seed = seed();
+        let prefix = V6Prefix {
+            address: "fd00:91::".parse().unwrap(),
+            gateway: Some("fe80::1".parse().unwrap()),
+        };
+        let port = &mut seed.ports[0];
+        port.v6 = Some(prefix.address_of(port.mac));
+        port.addressing.v6 = Some(prefix);
+        let card = |seed: &Seed| seed.network_config()["ethernets"]["net0"].clone();
+        let both = card(&seed);
+        let v6 = "fd00:91::5054:ff:fe01:203/64";
+        assert_eq!(both["addresses"], json!(["10.91.0.7/24", v6]));
+        assert_eq!(
+            both["routes"],
+            json!([{"to": "0.0.0.0/0", "via": "10.91.0.1"}, {"to": "::/0", "via": "fe80::1"}])
+        );
+        seed.ports[0].addressing.method = AddressingMethod::Dhcp;
+        let asks = card(&seed);
+        assert_eq!(asks["dhcp4"], true);
+        assert_eq!(
+            (&asks["addresses"], asks["nameservers"].is_null()),
+            (&json!([v6]), true)
+        );
     }
 
     #[test]
@@ -314,6 +417,18 @@ mod tests {
         let mut file = std::fs::File::from(pool.open_seed(vm).unwrap().unwrap());
         file.read_to_end(&mut read).unwrap();
         assert_eq!(read, image);
+        let said = pool.read_seed(vm).unwrap().unwrap();
+        assert_eq!((said.hostname, said.ssh_keys), (seed().hostname, seed().ssh_keys));
+        assert_eq!(said.user_data, seed().user_data);
+        assert!(serde_json::from_slice::<Value>(&said.network_config).is_ok());
+        let nothing = Seed {
+            user_data: None,
+            ..seed()
+        };
+        pool.keep_seed(vm, &nothing.iso().unwrap()).unwrap();
+        assert_eq!(pool.read_seed(vm).unwrap().unwrap().user_data, None);
+        pool.keep_seed(vm, &image[..image.len() - SECTOR]).unwrap();
+        assert!(pool.read_seed(vm).is_err());
         assert!(pool.delete_seed(vm).unwrap() && !pool.delete_seed(vm).unwrap());
         assert!(pool.open_seed(vm).unwrap().is_none());
         // Another host of the pool may put anything there.

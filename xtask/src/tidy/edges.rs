@@ -63,7 +63,7 @@ const ROOMS: &[Room] = &[
         "agent",
         "host/agent",
         &[
-            "task", "driver", "handover", "qemu", "image", "network", "wire", "identity", "model",
+            "task", "driver", "handover", "qemu", "image", "network", "services", "wire", "identity", "model",
         ],
         "the shell on a host: everything that acts, nothing that decides",
     ),
@@ -78,6 +78,12 @@ const ROOMS: &[Room] = &[
     room("qmp", "host/qmp", &[], "a codec that knows no VMs"),
     room("image", "host/image", &["model"], "disks and templates"),
     room("network", "host/network", &["model"], "bridges and ports"),
+    room(
+        "services",
+        "host/services",
+        &["model"],
+        "what guests ask their host, answered out of nouns; frames come and go by the agent",
+    ),
     room("sim", "proof/sim", ANY, "proof sees everything"),
     room("e2e", "proof/e2e", ANY, "proof sees everything"),
     room("bench", "proof/bench", ANY, "proof sees everything"),
