@@ -9,8 +9,8 @@ use model::name::Reference;
 use crate::{
     client::locate::Flags,
     commands::{
-        agent, audit, completion, controller, doctor, events, host, login, network, op, pool, project, template, token,
-        up, user, vm,
+        agent, audit, completion, controller, doctor, documents, events, host, login, network, op, pool, project,
+        template, token, up, user, vm,
     },
     exit::EXIT_CODES,
     out::Format,
@@ -150,6 +150,9 @@ pub(crate) enum Command {
     Audit(audit::Audit),
     /// Print the script that completes commands and names in a shell
     Completion(completion::Completion),
+    /// Write manual pages, completions and the reference of all commands
+    #[command(hide = true)]
+    Documents(documents::Documents),
     /// How commands end
     #[command(name = "exit-codes", hide = true, long_about = EXIT_CODES)]
     ExitCodes,

@@ -17,9 +17,11 @@
 mod cli;
 mod client;
 mod commands;
+mod config;
 mod doctor;
 mod exit;
 mod follow;
+mod notify;
 mod out;
 mod shutdown;
 
@@ -47,6 +49,10 @@ fn main() -> ExitCode {
             .report();
     }
     CompleteEnv::with_factory(cli::command).complete();
+    let arguments = match config::expanded(arguments) {
+        Ok(arguments) => arguments,
+        Err(failure) => return failure.report(),
+    };
     match cli::parse(&arguments) {
         Ok(cli) => run(cli),
         Err(error) => {

@@ -1,10 +1,11 @@
-//! Development commands: demo, test, bench, tidy, and the set-up they need.
+//! Development commands: demo, test, bench, tidy, release, and the set-up they need.
 //!
 //! ```text
 //!   cargo xtask NAME
 //!        |
 //!        +-- setup --> apt (simulate, then install)      demo, bench --> target/release/{demo,NAME}
 //!        +-- qemu ---> second_qemu (unpack, never install)
+//!        +-- release ---> target/dist: package, archive, bill of materials, checksums
 //!        +-- test ---> fmt, tidy, clippy, deny, unit, sim, e2e
 //! ```
 //!
@@ -16,6 +17,7 @@
 mod apt;
 mod checks;
 mod launch;
+mod release;
 mod run;
 mod second_qemu;
 mod setup;
@@ -65,6 +67,12 @@ enum Task {
         #[command(flatten)]
         passed: Passed,
     },
+    /// Make what people install: Debian package, archive, bill of materials, checksums.
+    Release {
+        /// Directory that it is written to; without it, `target/dist`.
+        #[arg(long, value_name = "DIR")]
+        out: Option<std::path::PathBuf>,
+    },
     /// Check the house rules.
     Tidy,
     /// Look for the programs a command needs, and install the missing ones.
@@ -107,6 +115,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Task::Demo(passed) => launch::demo(&passed.words, cli.yes),
         Task::Test { only } => checks::test(&only, cli.yes),
         Task::Bench { name, install, passed } => launch::bench(&name, install, &passed.words, cli.yes),
+        Task::Release { out } => release::release(out, cli.yes),
         Task::Tidy => tidy::run(),
         Task::Setup { purpose, list: true } => {
             setup::list(purpose);

@@ -24,6 +24,8 @@ pub(crate) enum Purpose {
     Bench,
     /// `cargo xtask bench --install`: libvirt too, to measure against.
     Peers,
+    /// `cargo xtask release`
+    Release,
 }
 
 /// Packages are missing and may not be installed without a yes. Exit code 3.
@@ -207,6 +209,27 @@ const PROGRAMS: &[Program] = &[
         package: "gcc",
         why: "builds TLS and SQLite",
         purposes: ALL,
+        good: any,
+    },
+    Program {
+        name: "readelf",
+        package: "binutils",
+        why: "what the program needs of a system",
+        purposes: &[Purpose::Release, Purpose::Test],
+        good: any,
+    },
+    Program {
+        name: "dpkg-deb",
+        package: "dpkg",
+        why: "packs the Debian package",
+        purposes: &[Purpose::Release],
+        good: any,
+    },
+    Program {
+        name: "cc",
+        package: "gcc",
+        why: "builds TLS and SQLite",
+        purposes: &[Purpose::Release],
         good: any,
     },
     Program {

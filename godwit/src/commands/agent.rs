@@ -11,12 +11,12 @@ use clap::Args;
 use identity::JoinTarget;
 use model::Name;
 
-use super::controller::{address_towards, host_name};
+use super::controller::{ConfigFlag, address_towards, host_name};
 use crate::{
     cli::Common,
     commands::STATE,
     exit::{Exit, Failure},
-    out, shutdown,
+    notify, out, shutdown,
 };
 
 /// The bridge of VMs, where no other is named.
@@ -174,6 +174,8 @@ pub(crate) fn open_directory(path: &Path) -> Result<(), Failure> {
 /// Run the agent of this host.
 #[derive(Args, Debug)]
 pub(crate) struct Agent {
+    #[command(flatten)]
+    pub(crate) file: ConfigFlag,
     /// Join the cell of this controller; does nothing on a host that has joined
     #[arg(long, value_name = "TOKEN@ADDRESS:PORT")]
     join: Option<JoinTarget>,
@@ -281,7 +283,9 @@ pub(crate) async fn start(config: AgentConfig) -> Result<::agent::Agent, Failure
 
 /// Says that the agent runs.
 pub(crate) fn ready(agent: &::agent::Agent, name: &Name) -> Result<(), Failure> {
-    out::line(&format!("ready host={name} id={}", agent.host()))
+    out::line(&format!("ready host={name} id={}", agent.host()))?;
+    notify::ready();
+    Ok(())
 }
 
 /// The address of this host on the way to the controller.

@@ -49,11 +49,16 @@ impl Completion {
             Shell::Zsh => &Zsh,
             Shell::Fish => &Fish,
         };
-        let mut script = Vec::new();
-        let written = shell.write_registration("COMPLETE", "godwit", "godwit", "godwit", &mut script);
-        written.map_err(|error| Failure::output(&error))?;
-        out::text(&String::from_utf8_lossy(&script))
+        out::text(&script(shell)?)
     }
+}
+
+/// What a shell reads to complete by asking this program.
+pub(super) fn script(shell: &dyn EnvCompleter) -> Result<String, Failure> {
+    let mut script = Vec::new();
+    let written = shell.write_registration("COMPLETE", "godwit", "godwit", "godwit", &mut script);
+    written.map_err(|error| Failure::output(&error))?;
+    Ok(String::from_utf8_lossy(&script).into_owned())
 }
 
 /// Names of VMs.

@@ -14,7 +14,7 @@ use crate::{
     cli::Common,
     commands::{STATE, agent::BRIDGE},
     exit::{Exit, Failure},
-    out, shutdown,
+    notify, out, shutdown,
 };
 
 /// An address range and its prefix: `10.91.0.0/24`.
@@ -142,9 +142,19 @@ impl ListenFlags {
     }
 }
 
+/// Where a server's flags may be written down. The file is read before the command line is ([`crate::config`]).
+#[derive(Args, Debug, Clone)]
+pub(crate) struct ConfigFlag {
+    /// A TOML file with this command's flags as keys; what is typed wins over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
 /// Run the controller.
 #[derive(Args, Debug)]
 pub(crate) struct Controller {
+    #[command(flatten)]
+    pub(crate) file: ConfigFlag,
     #[command(flatten)]
     pub(crate) listen: ListenFlags,
     #[command(flatten)]
@@ -159,6 +169,7 @@ impl Controller {
             .unwrap_or_else(|| Path::new(STATE).join("controller"));
         let asked = shutdown::asked_for()?;
         let (controller, _) = start(&self, state).await?;
+        notify::ready();
         serve_until(controller, asked).await
     }
 }

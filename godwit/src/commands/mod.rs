@@ -5,6 +5,7 @@ pub(crate) mod audit;
 pub(crate) mod completion;
 pub(crate) mod controller;
 pub(crate) mod doctor;
+pub(crate) mod documents;
 pub(crate) mod events;
 pub(crate) mod host;
 pub(crate) mod login;
@@ -147,6 +148,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Token(token) => token.run(&session()?).await,
         Command::Audit(audit) => audit.run(&session()?).await,
         Command::Completion(completion) => completion.run(),
+        Command::Documents(documents) => documents.run(),
         Command::ExitCodes => out::line(EXIT_CODES),
     }
 }

@@ -13,7 +13,7 @@ use model::{
 
 use super::{
     agent::{self, HostFlags, Places},
-    controller::{self, ListenFlags, NetworkFlags},
+    controller::{self, ConfigFlag, ListenFlags, NetworkFlags},
 };
 use crate::{
     cli::Common,
@@ -28,6 +28,8 @@ const TOKEN_VALID: Millis = Millis::seconds(60);
 /// Run a controller and an agent on this machine.
 #[derive(Args, Debug)]
 pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) file: ConfigFlag,
     #[command(flatten)]
     listen: ListenFlags,
     #[command(flatten)]
@@ -56,6 +58,7 @@ impl Up {
         };
         let asked = shutdown::asked_for()?;
         let flags = controller::Controller {
+            file: self.file,
             listen: self.listen,
             network: self.network,
         };

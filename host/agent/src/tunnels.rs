@@ -104,6 +104,7 @@ impl Tunnel {
 
     fn start(program: &Program, spec: &TunnelSpec, fed: mpsc::Sender<Fed>) -> Result<Self, String> {
         let process = tunnel::spawn(spec, &program.path()).map_err(|error| chain(&error))?;
+        qemu::own_scope(process.process(), "tunnel".to_owned());
         Self::kept(&spec.directory, process, fed)
     }
 

@@ -17,6 +17,7 @@ use qmp::{CommandError, ConnectError, Events, Limits, Session};
 use crate::argv::{ArgvError, Descriptors, DiskDescriptors, argv};
 use crate::process::{Held, Identity, Pinned, hold, process_of_thread, start};
 use crate::program::Program;
+use crate::scope::own_scope;
 
 /// The socket within [`Launch::run_dir`] of QEMU's monitor.
 pub(crate) const MONITOR_SOCKET: &str = "qmp.sock";
@@ -175,6 +176,7 @@ pub(crate) async fn launch(
         path: run_dir.clone(),
         source: io::Error::other(error),
     })??;
+    own_scope(held.pinned.process(), format!("vm-{vm}"));
     match attach(&run_dir, vm, GREETING).await {
         Ok((session, events)) => Ok(Driven { held, session, events }),
         Err(error) => {

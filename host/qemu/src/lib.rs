@@ -28,6 +28,7 @@ mod probe;
 mod probe_guest;
 mod process;
 mod program;
+mod scope;
 mod vm;
 
 pub use argv::ArgvError;
@@ -36,4 +37,5 @@ pub use launch::{AdoptError, Given, GivenKernel, GivenVolume, MonitorError, Spaw
 pub use probe::{ProbeError, Verdict, probe};
 pub use process::Pinned;
 pub use program::Program;
+pub use scope::own_scope;
 pub use vm::{ActError, Handle, Qemu, Vm};
