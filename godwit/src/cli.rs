@@ -10,7 +10,7 @@ use crate::{
     client::locate::Flags,
     commands::{
         agent, audit, completion, controller, doctor, documents, events, host, login, network, op, pool, project,
-        template, token, up, user, vm,
+        template, token, top, up, user, vm,
     },
     exit::EXIT_CODES,
     out::Format,
@@ -128,6 +128,8 @@ pub(crate) enum Command {
     /// Storage pools
     #[command(subcommand)]
     Pool(pool::Pool),
+    /// What VMs and hosts use, as it changes
+    Top(top::Top),
     /// Say what this machine lacks, and how to mend it
     Doctor(Box<doctor::Doctor>),
     /// Begin a session with a user's password
@@ -210,6 +212,9 @@ mod tests {
             "godwit vm list --project team-a",
             "godwit audit list --subject alice/ci --from 2026-11-01 --until 2026-11-20T12:00:00Z",
             "godwit audit export --format csv",
+            "godwit top",
+            "godwit top --hosts --sort memory --filter web --every 5",
+            "godwit top --once --project team-a -o json",
             "godwit doctor",
             "godwit doctor --for agent --for client --pool shared=/srv/a --uplink eth1 --mtu 9000 --port 1 --port 2 -o json",
         ] {
@@ -233,6 +238,8 @@ mod tests {
             "godwit controller --range 10.91.0.9-10.91.0.1",
             "godwit op show not-an-id",
             "godwit doctor --for king",
+            "godwit top --sort luck",
+            "godwit top --every 0",
             "godwit doctor --port 0",
             "godwit doctor --pool /srv/a",
             "godwit doctor --uplink ../x",

@@ -72,7 +72,7 @@ async fn main() -> Result<(), Failure> {
         times[times.len() / 2],
         times[times.len() * 99 / 100],
     );
-    let metrics = handle.metrics();
+    let metrics = handle.metrics(&actor);
     let totals = metrics
         .lines()
         .filter(|line| line.contains("commit_seconds_sum") || line.contains("commit_seconds_count"));
@@ -94,6 +94,7 @@ fn config(state: &Path) -> Result<Config, std::net::AddrParseError> {
             first: "10.91.0.10".parse()?,
             last: "10.91.0.99".parse()?,
         },
+        telemetry_bytes_max: Config::TELEMETRY_BYTES,
     })
 }
 

@@ -47,11 +47,20 @@ struct Index {
     user_names: BTreeMap<Name, UserId>,
     projects: BTreeMap<ProjectId, Name>,
     project_names: BTreeMap<Name, ProjectId>,
-    hosts: BTreeMap<HostId, Link>,
-    vms: BTreeMap<VmId, VmState>,
+    hosts: BTreeMap<HostId, (Link, Name)>,
+    vms: BTreeMap<VmId, (VmState, Place)>,
     templates: BTreeMap<TemplateId, TemplateBlobs>,
     running: BTreeSet<OperationId>,
     notices: VecDeque<Arc<Notice>>,
+}
+
+/// Whose a VM is, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) project: ProjectId,
+    pub(crate) name: Name,
+    pub(crate) host: Option<HostId>,
+    pub(crate) vcpus: u16,
 }
 
 #[derive(Debug)]
@@ -202,10 +211,25 @@ impl Committed {
         self.index().hosts.contains_key(&host)
     }
 
+    /// A host's name.
+    pub(crate) fn host_name(&self, host: HostId) -> Option<Name> {
+        self.index().hosts.get(&host).map(|(_, name)| name.clone())
+    }
+
+    /// A project's name.
+    pub(crate) fn project_name(&self, project: ProjectId) -> Option<Name> {
+        self.index().projects.get(&project).cloned()
+    }
+
+    /// Whose a VM is, and where.
+    pub(crate) fn place_of(&self, vm: VmId) -> Option<Place> {
+        self.index().vms.get(&vm).map(|(_, place)| place.clone())
+    }
+
     /// Hosts whose link is stored as up.
     pub(crate) fn hosts_up(&self) -> Vec<HostId> {
         let index = self.index();
-        let up = index.hosts.iter().filter(|(_, link)| **link == Link::Up);
+        let up = index.hosts.iter().filter(|(_, (link, _))| *link == Link::Up);
         up.map(|(host, _)| *host).collect()
     }
 
@@ -227,8 +251,8 @@ impl Committed {
     /// Counts things by their state, for a scrape.
     pub(crate) fn count(&self) {
         let index = self.index();
-        self.metrics.count_hosts(index.hosts.values().copied());
-        self.metrics.count_vms(index.vms.values().copied());
+        self.metrics.count_hosts(index.hosts.values().map(|(link, _)| *link));
+        self.metrics.count_vms(index.vms.values().map(|(state, _)| *state));
     }
 }
 
@@ -257,10 +281,16 @@ impl Index {
                 self.projects.insert(project.id, project.name.clone());
             }
             Row::Host(host) => {
-                self.hosts.insert(host.id, host.status.link);
+                self.hosts.insert(host.id, (host.status.link, host.name.clone()));
             }
             Row::Vm(vm) => {
-                self.vms.insert(vm.id, vm.status.state);
+                let place = Place {
+                    project: vm.project,
+                    name: vm.name.clone(),
+                    host: vm.status.host,
+                    vcpus: vm.spec.vcpus,
+                };
+                self.vms.insert(vm.id, (vm.status.state, place));
             }
             Row::Template(template) => {
                 let blobs = TemplateBlobs {

@@ -21,6 +21,13 @@ pub struct Config {
     pub names: Vec<String>,
     /// The address range of the network `default`, used at the first start only.
     pub network: DefaultNetwork,
+    /// Most bytes of the file that keeps a day of what hosts and VMs used: 92 KiB for each VM, host, pool of a host and uplink of a host.
+    pub telemetry_bytes_max: u64,
+}
+
+impl Config {
+    /// What [`Config::telemetry_bytes_max`] is unless people say otherwise: enough for 5,000 VMs and their hosts.
+    pub const TELEMETRY_BYTES: u64 = 512 << 20;
 }
 
 /// The address range of the network `default`.
@@ -71,6 +78,12 @@ impl StateDir {
     #[must_use]
     pub fn blobs(&self) -> PathBuf {
         self.0.join("blobs")
+    }
+
+    /// A day of what hosts and VMs used. It may be removed while no controller runs.
+    #[must_use]
+    pub fn telemetry(&self) -> PathBuf {
+        self.0.join("telemetry.ring")
     }
 
     /// The first administrator's token (0600), written at the first start only.

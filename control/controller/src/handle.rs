@@ -35,6 +35,7 @@ use crate::{
     metrics::Metrics,
     passwords::Passwords,
     storage::Storage,
+    telemetry,
     watch::{WatchItem, watch},
 };
 
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     pub(crate) health: watch::Receiver<Health>,
     pub(crate) clock: Arc<Clock>,
     pub(crate) passwords: Passwords,
+    pub(crate) telemetry: Arc<telemetry::Store>,
 }
 
 /// The edges' only way in. Cheap to clone.
@@ -272,11 +274,15 @@ impl Handle {
         }
     }
 
-    /// All figures, in the text format of OpenMetrics.
+    /// All figures that the actor may see, in the text format of OpenMetrics 1.0: the controller's own; those of VMs of its project, for
+    /// cloud admins of all; those of hosts for cloud admins.
     #[must_use]
-    pub fn metrics(&self) -> String {
+    pub fn metrics(&self, actor: &Actor) -> String {
         self.0.committed.count();
-        self.0.metrics.text()
+        let mut text = self.0.metrics.text();
+        self.0.telemetry.scrape(actor, &self.0.committed, &mut text);
+        text.push_str("# EOF\n");
+        text
     }
 
     /// Whether all is well.

@@ -36,6 +36,7 @@ mod people;
 mod serve;
 mod start;
 mod storage;
+mod telemetry;
 mod watch;
 
 pub use blobs::BLOB_BYTES_MAX;
@@ -47,4 +48,5 @@ pub use memory::Memory;
 pub use people::Session;
 pub use start::{Controller, StartError};
 pub use storage::{Storage, StorageError, Stored, Waited};
+pub use telemetry::Span;
 pub use watch::WatchItem;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use model::{Operation, VmState, host::Link};
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::{EncodeLabelSet, text::encode_registry},
     metrics::{
         counter::Counter,
         family::Family,
@@ -14,6 +14,8 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
+
+use crate::telemetry;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct State {
@@ -53,7 +55,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(telemetry: &telemetry::Figures) -> Self {
         let mut metrics = Self {
             registry: Registry::with_prefix("godwit"),
             hosts: Family::default(),
@@ -75,6 +77,11 @@ impl Metrics {
             logins: Family::default(),
         };
         metrics.register();
+        let registry = &mut metrics.registry;
+        let dropped = "Figures of hosts and VMs that were not kept: too often, too many, or a full disk";
+        registry.register("telemetry_dropped", dropped, telemetry.dropped.clone());
+        let bytes = "Size of the file that keeps a day of figures";
+        registry.register_with_unit("telemetry_file", bytes, Unit::Bytes, telemetry.bytes.clone());
         metrics
     }
 
@@ -105,11 +112,11 @@ impl Metrics {
         registry.register("logins", "Attempts to log in, by result", self.logins.clone());
     }
 
-    /// In the text format of OpenMetrics 1.0.
+    /// In the text format of OpenMetrics 1.0, without its end.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
-        let _ = encode(&mut text, &self.registry);
+        let _ = encode_registry(&mut text, &self.registry);
         text
     }
 

@@ -36,6 +36,7 @@ use crate::{
     passwords::Passwords,
     serve::Port,
     storage::{Storage, StorageError, Stored, with_notices},
+    telemetry,
 };
 
 /// Connections of people and tools at a time.
@@ -154,7 +155,10 @@ impl Controller {
         write_client_files(&state, &authority)?;
         let blobs = in_state(state.blobs(), Blobs::open)?;
 
-        let metrics = Arc::new(Metrics::new());
+        let clock = Arc::new(Clock::start());
+        let (path, bytes_max) = (state.telemetry(), config.telemetry_bytes_max);
+        let telemetry = Arc::new(telemetry::Store::open(&path, bytes_max, clock.now()));
+        let metrics = Arc::new(Metrics::new(telemetry.figures()));
         let committed = Arc::new(Committed::new(metrics.clone()));
         let (inputs, inputs_end) = mpsc::channel(INPUTS_MAX);
         let (stop, stopped) = watch::channel(false);
@@ -168,8 +172,9 @@ impl Controller {
             authority,
             storage: storage.clone(),
             health: health_end,
-            clock: Arc::new(Clock::start()),
+            clock,
             passwords: Passwords::default(),
+            telemetry,
         };
         let parts = Parts {
             storage,

@@ -100,7 +100,7 @@ async fn a_failed_commit_leaks_nothing_and_the_cell_recovers_by_itself() {
     // Reads go on, of what was committed.
     assert!(host_view(&cell, &host).await.host.spec.schedulable);
     assert!(cell.handle.health().read_only.is_some());
-    assert!(cell.handle.metrics().contains("godwit_read_only 1"));
+    assert!(cell.handle.metrics(&cell.admin()).contains("godwit_read_only 1"));
     let refusal = submit(&cell.handle, &cell.admin(), set_schedulable(&host, false))
         .await
         .unwrap_err();

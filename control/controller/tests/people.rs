@@ -136,7 +136,7 @@ async fn a_wrong_password_and_an_unknown_user_are_told_alike_and_written_down() 
     );
     let text = serde_json::to_string(&log).unwrap();
     assert!(!text.contains("horse") && !text.contains("argon2"), "{text}");
-    let metrics = cell.handle.metrics();
+    let metrics = cell.handle.metrics(&cell.admin());
     assert!(
         metrics.contains("godwit_logins_total{result=\"refused\"} 2"),
         "{metrics}"

@@ -216,7 +216,7 @@ async fn an_order_that_a_crash_left_unanswered_is_sent_again_and_a_repeated_requ
         panic!()
     };
     assert_eq!(view.operation.state, OperationState::Succeeded);
-    let metrics = cell.handle.metrics();
+    let metrics = cell.handle.metrics(&cell.admin());
     for line in [
         "godwit_vms{state=\"active\"} 1",
         "godwit_hosts{state=\"up\"} 1",

@@ -75,6 +75,11 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
+    /// For queries that say more than this.
+    pub(crate) const fn of(limit: Option<u32>, after: Option<Uuid>) -> Self {
+        Self { limit, after }
+    }
+
     pub(crate) fn page(&self) -> Result<Page, Failure> {
         let limit = self.limit.unwrap_or(PAGE_ITEMS) as usize;
         if !(1..=Page::LIMIT_MAX).contains(&limit) {

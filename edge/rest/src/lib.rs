@@ -26,6 +26,7 @@ mod failure;
 mod guard;
 mod hosts;
 mod inventory;
+mod metrics;
 mod openapi;
 mod operations;
 mod outcome;

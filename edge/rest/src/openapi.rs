@@ -9,7 +9,7 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    App, audit, blobs, events, hosts, inventory, operations, people, projects, system, templates, tokens, vms,
+    App, audit, blobs, events, hosts, inventory, metrics, operations, people, projects, system, templates, tokens, vms,
 };
 
 #[derive(OpenApi)]
@@ -80,6 +80,10 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::revoke))
         .routes(routes!(audit::list))
+        .routes(routes!(metrics::vms))
+        .routes(routes!(metrics::vm))
+        .routes(routes!(metrics::hosts))
+        .routes(routes!(metrics::host))
         .routes(routes!(events::follow))
         .routes(routes!(system::health))
         .routes(routes!(system::metrics))

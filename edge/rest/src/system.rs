@@ -32,12 +32,13 @@ pub(crate) async fn health(State(app): State<App>) -> (StatusCode, Json<HealthVi
     (code, Json(HealthView { status }))
 }
 
-/// All figures, in the text format of OpenMetrics.
+/// All figures, in the text format of OpenMetrics: the controller's own, those of the project's VMs, and for a cloud admin those of all
+/// VMs, hosts and pools.
 #[utoipa::path(get, path = "/metrics", tag = "system",
     responses((status = 200, content_type = "application/openmetrics-text", body = String), (status = "4XX", body = Problem)))]
-pub(crate) async fn metrics(State(app): State<App>, Read(_asker, _): Read) -> Result<Response, Failure> {
+pub(crate) async fn metrics(State(app): State<App>, Read(asker, _): Read) -> Result<Response, Failure> {
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-    Ok(([(header::CONTENT_TYPE, kind)], app.handle.metrics()).into_response())
+    Ok(([(header::CONTENT_TYPE, kind)], app.handle.metrics(&asker)).into_response())
 }
 
 /// This document.

@@ -70,6 +70,8 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
     ("get", "/v1/pools", From(0), Cell, ""),
     ("get", "/v1/vms", From(0), Cell, ""),
     ("get", "/v1/vms/{vm}", From(0), OfProject, ""),
+    ("get", "/v1/metrics/vms", From(0), Cell, ""),
+    ("get", "/v1/metrics/vms/{vm}", From(0), OfProject, ""),
     ("get", "/v1/templates", From(0), Cell, ""),
     ("get", "/v1/templates/{template}", From(0), OfProject, ""),
     ("get", "/v1/operations", From(0), Cell, ""),
@@ -111,6 +113,9 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
     ("get", "/v1/tokens", From(2), Cell, ""),
     ("post", "/v1/tokens", From(2), Cell, r#"{"name":"new","role":"viewer"}"#),
     ("get", "/v1/audit", From(2), Cell, ""),
+    // They tell of what all projects do.
+    ("get", "/v1/metrics/hosts", From(3), Cell, ""),
+    ("get", "/v1/metrics/hosts/{host}", From(3), Cell, ""),
     ("post", "/v1/hosts/tokens", From(3), Cell, "{}"),
     ("patch", "/v1/hosts/{host}", From(3), Cell, r#"{"schedulable":true}"#),
     ("post", "/v1/projects", From(3), Cell, r#"{"name":"new"}"#),

@@ -103,9 +103,10 @@ impl Client {
     pub(crate) async fn list(&self, path: &str, items_max: usize) -> Result<Vec<Value>, Failure> {
         let mut items = Vec::new();
         let mut after = String::new();
+        let more = if path.contains('?') { '&' } else { '?' };
         loop {
             let limit = PAGE_ITEMS.min(items_max - items.len());
-            let mut page = self.get(&format!("{path}?limit={limit}{after}")).await?;
+            let mut page = self.get(&format!("{path}{more}limit={limit}{after}")).await?;
             if let Some(Value::Array(some)) = page.get_mut("items").map(Value::take) {
                 items.extend(some);
             }

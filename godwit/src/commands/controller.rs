@@ -14,7 +14,9 @@ use crate::{
     cli::Common,
     commands::{STATE, agent::BRIDGE},
     exit::{Exit, Failure},
-    notify, out, shutdown,
+    notify,
+    out::{self, units},
+    shutdown,
 };
 
 /// An address range and its prefix: `10.91.0.0/24`.
@@ -150,6 +152,14 @@ pub(crate) struct ConfigFlag {
     config: Option<PathBuf>,
 }
 
+/// What is kept of what hosts and VMs use.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct FiguresFlags {
+    /// Most that the file with a day of figures takes: 92 KiB for each VM, host, pool of a host and uplink of a host
+    #[arg(long, default_value = "512M", value_parser = units::bytes, value_name = "SIZE")]
+    figures_max: u64,
+}
+
 /// Run the controller.
 #[derive(Args, Debug)]
 pub(crate) struct Controller {
@@ -159,6 +169,8 @@ pub(crate) struct Controller {
     pub(crate) listen: ListenFlags,
     #[command(flatten)]
     pub(crate) network: NetworkFlags,
+    #[command(flatten)]
+    pub(crate) figures: FiguresFlags,
 }
 
 impl Controller {
@@ -183,6 +195,7 @@ pub(crate) async fn start(flags: &Controller, state: PathBuf) -> Result<(::contr
         agents_listen: flags.listen.agent_listen,
         names: names.clone(),
         network: flags.network.network(),
+        telemetry_bytes_max: flags.figures.figures_max,
     };
     let started = ::controller::Controller::start(config).await;
     let (mut controller, handle) = started.map_err(|error| Failure::of(Exit::Failed, &error))?;

@@ -16,6 +16,7 @@ pub(crate) mod pool;
 pub(crate) mod project;
 pub(crate) mod template;
 pub(crate) mod token;
+pub(crate) mod top;
 pub(crate) mod up;
 pub(crate) mod user;
 pub(crate) mod vm;
@@ -139,6 +140,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Events(events) => events.run(&session()?).await,
         Command::Network(network) => network.run(&session()?).await,
         Command::Pool(pool) => pool.run(&session()?).await,
+        Command::Top(top) => top.run(&session()?).await,
         Command::Doctor(doctor) => doctor.run(common).await,
         Command::Login(login) => login.run(common).await,
         Command::Logout => login::logout(&session()?).await,

@@ -13,7 +13,7 @@ use model::{
 
 use super::{
     agent::{self, HostFlags, Places},
-    controller::{self, ConfigFlag, ListenFlags, NetworkFlags},
+    controller::{self, ConfigFlag, FiguresFlags, ListenFlags, NetworkFlags},
 };
 use crate::{
     cli::Common,
@@ -34,6 +34,8 @@ pub(crate) struct Up {
     listen: ListenFlags,
     #[command(flatten)]
     network: NetworkFlags,
+    #[command(flatten)]
+    figures: FiguresFlags,
     #[command(flatten)]
     host: HostFlags,
     /// Name of this host; without it, the machine's host name
@@ -61,6 +63,7 @@ impl Up {
             file: self.file,
             listen: self.listen,
             network: self.network,
+            figures: self.figures,
         };
         let home = state.join("controller");
         let (controller, handle) = controller::start(&flags, home.clone()).await?;
@@ -218,6 +221,7 @@ mod tests {
                 first: "10.91.0.10".parse().unwrap(),
                 last: "10.91.0.99".parse().unwrap(),
             },
+            telemetry_bytes_max: Config::TELEMETRY_BYTES,
         };
         let storage = Arc::new(Deposed(Memory::default()));
         let (controller, handle) = Controller::start_with(config, storage).await.unwrap();

@@ -60,7 +60,7 @@ pub(crate) async fn facts(shared: &Shared, hypervisor: &Hypervisor) -> HostFacts
         boot: shared.boot,
         address: shared.config.address,
         peer_port: shared.peer_port,
-        cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+        cpus: cpus(),
         memory_mib: memory_mib().unwrap_or_else(|error| {
             tracing::warn!(%error, "this host's memory is not known; it is offered none");
             0
@@ -69,6 +69,11 @@ pub(crate) async fn facts(shared: &Shared, hypervisor: &Hypervisor) -> HostFacts
         pools: pools(shared).await,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     }
+}
+
+/// CPUs of this host.
+pub(crate) fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
 }
 
 /// Tells again whenever a pool falls silent or answers again, or its room has changed by much.
@@ -98,7 +103,7 @@ fn is_news(told: &[PoolFacts], now: &[PoolFacts]) -> bool {
 }
 
 /// All pools as they are now, looked at at once.
-async fn pools(shared: &Shared) -> Vec<PoolFacts> {
+pub(crate) async fn pools(shared: &Shared) -> Vec<PoolFacts> {
     let looks = shared.pools.iter().map(|(id, pool)| async move {
         let measured = Arc::clone(pool);
         let figures = pool.room.look(move || measure(&measured), ROOM_MAX).await;

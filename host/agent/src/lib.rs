@@ -33,6 +33,7 @@ mod seeds;
 mod session;
 mod shared;
 mod standstill;
+mod telemetry;
 mod template;
 pub mod tunnel;
 mod tunnels;
@@ -198,6 +199,7 @@ impl Agent {
             peers::listen(Arc::clone(&self.shared), self.listener),
             join::keep_fresh(Arc::clone(&self.shared)),
             Arc::clone(&self.shared).sync_journal(),
+            telemetry::keep_telling(Arc::clone(&self.shared)),
         );
     }
 }

@@ -37,6 +37,7 @@ use crate::{
     seeds,
     shared::{Shared, Shown, lock},
     standstill::{Move, Standstill},
+    telemetry::Watched,
     template::{chain, fetch_blob, named},
     tunnels::Tunnel,
 };
@@ -202,6 +203,7 @@ impl Runner {
                 self.machine = None;
                 self.ports.close();
                 *lock(&self.shown.serial) = None;
+                *lock(&self.shown.watched) = None;
             }
             Input::Lost => {
                 tracing::warn!(vm = %self.vm, "the VM's process is no longer heard; it is looked for again");
@@ -301,8 +303,11 @@ impl Runner {
     }
 
     fn got(&mut self, machine: qemu::Vm) {
+        let handle = machine.handle();
         self.machine = Some(machine);
         if let Some(definition) = &self.task.saved().definition {
+            let ports = definition.ports.iter().map(|port| port.port).collect();
+            *lock(&self.shown.watched) = Some(Watched { handle, ports });
             // Of a process that was found again: now, so that it is not done when they are to be opened.
             let unknown = self.ports.unknown(&definition.ports);
             if !unknown.is_empty() {
@@ -362,6 +367,7 @@ impl Runner {
         self.tunnel = None;
         self.standstill.forget();
         *lock(&self.shown.serial) = None;
+        *lock(&self.shown.watched) = None;
         self.machine = None;
         if let Some(definition) = &self.task.saved().definition {
             for port in &definition.ports {

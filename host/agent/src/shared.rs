@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use identity::NodeIdentity;
 use model::{
-    BootId, Epoch, HostId, Name, Order, PoolId, VmId,
+    BootId, Epoch, HostId, Name, Order, PoolId, Telemetry, VmId,
     operation::Progress,
     order::{Relay, VmObserved},
 };
@@ -31,6 +31,7 @@ use crate::{
     runner::{self, Fed},
     seeds,
     session::Link,
+    telemetry::Watched,
     template, tunnel,
 };
 
@@ -95,6 +96,8 @@ struct Vm {
 pub(crate) struct Shown {
     pub(crate) observed: Mutex<VmObserved>,
     pub(crate) serial: Mutex<Option<Serial>>,
+    /// Its process, while there is one.
+    pub(crate) watched: Mutex<Option<Watched>>,
 }
 
 /// The parts of [`Shared`] that starting an agent finds out.
@@ -182,6 +185,37 @@ impl Shared {
             // Telemetry: a full channel drops it.
             let _ = up.try_send(frame);
         }
+    }
+
+    /// Whether somebody hears what is told.
+    pub(crate) fn is_connected(&self) -> bool {
+        lock(&self.progress).is_some()
+    }
+
+    /// Tells what this host and its VMs use, if there is a session with room for it.
+    pub(crate) fn tell(&self, telemetry: Telemetry) {
+        let telemetry = Box::new(telemetry);
+        match wire::encode(&Up::Telemetry { telemetry }, FRAME_BYTES_MAX) {
+            Ok(frame) => {
+                let up = lock(&self.progress);
+                // A full channel drops it.
+                let _ = up.as_ref().map(|up| up.try_send(frame));
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "this host's figures cannot be told"
+            ),
+        }
+    }
+
+    /// VMs with a process here.
+    pub(crate) fn watched(&self) -> BTreeMap<VmId, Watched> {
+        let vms = lock(&self.vms);
+        let watched = vms.iter().filter_map(|(vm, runner)| {
+            let watched = lock(&runner.shown.watched).clone()?;
+            Some((*vm, watched))
+        });
+        watched.collect()
     }
 
     /// Writes a VM's state to the journal; it is in the kernel on return, and on the disk soon.
@@ -295,6 +329,7 @@ impl Shared {
         let shown = Arc::new(Shown {
             observed: Mutex::new(task.observed()),
             serial: Mutex::new(None),
+            watched: Mutex::new(None),
         });
         runner::start(
             Arc::clone(self),
@@ -411,6 +446,7 @@ mod tests {
             let shown = Shown {
                 observed: Mutex::new(task.observed()),
                 serial: Mutex::default(),
+                watched: Mutex::default(),
             };
             let shown = Arc::new(shown);
             lock(&shared.vms).insert(vm, Vm { inputs, shown });

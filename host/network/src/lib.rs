@@ -30,6 +30,7 @@ mod netlink;
 mod port;
 mod standstill;
 mod sys;
+mod traffic;
 mod trial;
 
 use std::{
@@ -46,6 +47,7 @@ pub use name::{InterfaceName, NameError};
 pub use netlink::NetlinkError;
 pub use port::{FoundPort, Port, PortCounters, PortError, Tap, TapError, tap_name};
 pub use standstill::{FRAME_BYTES_MAX, FrameError, Keeper, KeptFrame, VIRTIO_HEADER_BYTES};
+pub use traffic::{Traffic, UplinkCounters};
 pub use trial::{LinkKind, LinkTrialError, Throwaway, TrialError, in_throwaway_namespace};
 
 use netlink::Netlink;

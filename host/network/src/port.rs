@@ -305,15 +305,7 @@ impl Network {
             })
         };
         let counted = found.filter(|link| link.name == port.tap).ok_or_else(gone)?.statistics;
-        // What the host receives on the tap is what the guest sent.
-        Ok(PortCounters {
-            sent_bytes: counted.rx_bytes,
-            sent_frames: counted.rx_packets,
-            sent_dropped: counted.rx_dropped,
-            received_bytes: counted.tx_bytes,
-            received_frames: counted.tx_packets,
-            received_dropped: counted.tx_dropped,
-        })
+        Ok(PortCounters::of(counted))
     }
 
     /// Removes the port's tap, even from under a QEMU that holds it. None is fine.
@@ -348,7 +340,21 @@ impl Network {
     }
 }
 
-fn found_port(link: &Link) -> Option<FoundPort> {
+impl PortCounters {
+    /// What the host receives on the tap is what the guest sent.
+    pub(crate) fn of(counted: link::Statistics) -> Self {
+        Self {
+            sent_bytes: counted.rx_bytes,
+            sent_frames: counted.rx_packets,
+            sent_dropped: counted.rx_dropped,
+            received_bytes: counted.tx_bytes,
+            received_frames: counted.tx_packets,
+            received_dropped: counted.tx_dropped,
+        }
+    }
+}
+
+pub(crate) fn found_port(link: &Link) -> Option<FoundPort> {
     let id = link.alias.strip_prefix(ALIAS_PREFIX)?.parse().ok()?;
     if link.kind != TAP_KIND || link.name != tap_name(id) {
         return None;

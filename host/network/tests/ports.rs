@@ -293,6 +293,7 @@ fn counters_are_the_guests() {
         b.send(mac(1), "y");
         assert_eq!(a.receive(), "y"); // what the guest has not taken is not counted
         let after = network.counters(&a.port).unwrap();
+        assert_eq!(network.traffic(&[]).unwrap().ports[&a.port.id], after);
         assert_eq!(after.sent_frames - before.sent_frames, 3);
         assert_eq!(after.sent_bytes - before.sent_bytes, 180);
         assert_eq!(

@@ -2,14 +2,17 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use driver::{Action, Happened, Launch, Process};
 use model::VmId;
-use tokio::sync::mpsc;
+use model::telemetry::DiskFigures;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 use crate::capability::Capabilities;
 use crate::launch::{self, AdoptError, Driven, Given, SpawnError};
-use crate::monitor::Monitor;
+use crate::monitor::{Asks, Monitor};
 use crate::process::Pinned;
 use crate::program::Program;
 
@@ -17,6 +20,9 @@ use crate::program::Program;
 const ACTIONS_MAX: usize = 64;
 /// What happened and was not read yet. When it is full the monitor waits, and QEMU's events wait in their own bounded queue.
 const HAPPENED_MAX: usize = 256;
+
+/// How long QEMU may take to say what its guest read and wrote: nobody needs it later.
+const FIGURES_MAX: Duration = Duration::from_secs(1);
 
 /// A host's QEMU. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -37,6 +43,7 @@ pub struct Vm {
 #[derive(Debug, Clone)]
 pub struct Handle {
     actions: mpsc::Sender<Action>,
+    figures: mpsc::Sender<oneshot::Sender<DiskFigures>>,
     process: Pinned,
 }
 
@@ -96,11 +103,25 @@ impl Vm {
     fn drive(driven: Driven, run_dir: &Path, vm: VmId) -> Self {
         let (actions, actions_out) = mpsc::channel(ACTIONS_MAX);
         let (happened_in, happened) = mpsc::channel(HAPPENED_MAX);
+        let (figures, figures_out) = mpsc::channel(1);
         let process = driven.held.pinned.clone();
-        let monitor = Monitor::new(driven, run_dir, vm, actions_out, happened_in);
+        let monitor = Monitor::new(
+            driven,
+            run_dir,
+            vm,
+            Asks {
+                actions: actions_out,
+                figures: figures_out,
+            },
+            happened_in,
+        );
         tokio::spawn(monitor.run());
         Self {
-            handle: Handle { actions, process },
+            handle: Handle {
+                actions,
+                figures,
+                process,
+            },
             happened,
         }
     }
@@ -122,6 +143,14 @@ impl Handle {
     #[must_use]
     pub fn process(&self) -> Process {
         self.process.process()
+    }
+
+    /// What the guest read and wrote since its process was started. `None` while it is moved, for a migration's last moments are counted
+    /// in milliseconds; and where QEMU does not say at once.
+    pub async fn disk_figures(&self) -> Option<DiskFigures> {
+        let (reply, answer) = oneshot::channel();
+        self.figures.try_send(reply).ok()?;
+        timeout(FIGURES_MAX, answer).await.ok()?.ok()
     }
 
     /// Asks; what [`Vm::next`] tells is the answer. Actions are carried out in order, but [`Action::Kill`] at once.

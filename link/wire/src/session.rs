@@ -7,7 +7,7 @@
 //!     │ Report {sequence: received + 1, ...} ────▶ │   again, if it was sent before
 //!     │ ◀──────────────────────── Order {order}    │   first every order of the outbox, then new ones
 //!     │ ◀──────────────────────── Ack {sequence}   │   after the commit that covers it: forget it
-//!     │ Progress, Heartbeat ─────────────────────▶ │   not numbered
+//!     │ Progress, Telemetry, Heartbeat ──────────▶ │   not numbered
 //!     │ ◀───────────────────── Heartbeat, Close    │
 //! ```
 //!
@@ -16,7 +16,9 @@
 
 use std::time::Duration;
 
-use model::{Epoch, Generation, OperationId, Order, Refusal, Report, VmId, id::Sequence, operation::Progress};
+use model::{
+    Epoch, Generation, OperationId, Order, Refusal, Report, Telemetry, VmId, id::Sequence, operation::Progress,
+};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -96,6 +98,11 @@ pub enum Up {
         operation: OperationId,
         /// How far.
         progress: Progress,
+    },
+    /// Telemetry: what the host and its VMs use. Not numbered, not resent; older controllers ignore it.
+    Telemetry {
+        /// The look.
+        telemetry: Box<Telemetry>,
     },
     /// A console that was asked for cannot be opened.
     ConsoleRefused {

@@ -81,6 +81,7 @@ fn every_kind_of_frame_has_a_sample() {
             Up::Hello(_) => "hello",
             Up::Report { .. } => "report",
             Up::Progress { .. } => "progress",
+            Up::Telemetry { .. } => "telemetry",
             Up::ConsoleRefused { .. } => "console-refused",
             Up::Heartbeat => "heartbeat",
             Up::Close { .. } => "close",
@@ -109,7 +110,7 @@ fn every_kind_of_frame_has_a_sample() {
         }
     }
     let seen: BTreeSet<_> = samples::ups().iter().map(|(_, frame)| up(frame)).collect();
-    assert_eq!(seen.len(), 6, "{seen:?}");
+    assert_eq!(seen.len(), 7, "{seen:?}");
     let seen: BTreeSet<_> = samples::downs().iter().map(|(_, frame)| down(frame)).collect();
     assert_eq!(seen.len(), 6, "{seen:?}");
     let seen: BTreeSet<_> = samples::peers().iter().map(|(_, frame)| peer(frame)).collect();

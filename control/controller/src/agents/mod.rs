@@ -30,11 +30,13 @@ use wire::{Problem, RenewRequest, RenewResponse, join::BODY_BYTES_MAX, session a
 
 use crate::{
     blobs::Blobs,
+    clock::Clock,
     committed::Committed,
     consoles::{AgentsEnd, Consoles, Place},
     core::Input,
     handle::Shared,
     joining::Authority,
+    telemetry,
 };
 
 /// Bytes of a piece of a blob or console.
@@ -48,6 +50,8 @@ pub(crate) struct Agents {
     pub(crate) blobs: Blobs,
     pub(crate) consoles: Arc<Consoles>,
     pub(crate) authority: Arc<Authority>,
+    pub(crate) telemetry: Arc<telemetry::Store>,
+    pub(crate) clock: Arc<Clock>,
 }
 
 impl Agents {
@@ -58,6 +62,8 @@ impl Agents {
             blobs: shared.blobs.clone(),
             consoles: shared.consoles.clone(),
             authority: shared.authority.clone(),
+            telemetry: shared.telemetry.clone(),
+            clock: shared.clock.clone(),
         }
     }
 }

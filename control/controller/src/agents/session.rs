@@ -234,6 +234,12 @@ async fn take(agents: &Agents, host: HostId, session: uuid::Uuid, frame: Up) -> 
             let _ = agents.inputs.try_send(Input::Progress { host, session, report });
             Ok(())
         }
+        Up::Telemetry { telemetry } => {
+            agents
+                .telemetry
+                .take(host, *telemetry, &agents.committed, agents.clock.now());
+            Ok(())
+        }
         Up::ConsoleRefused { console, reason } => {
             agents.consoles.refuse(console, host, reason);
             Ok(())

@@ -167,6 +167,7 @@ pub(crate) fn config(directory: &std::path::Path) -> Config {
             first: "10.91.0.10".parse().unwrap(),
             last: "10.91.0.99".parse().unwrap(),
         },
+        telemetry_bytes_max: Config::TELEMETRY_BYTES,
     }
 }
 

@@ -41,6 +41,7 @@ impl Api {
                 first: "10.91.0.10".parse().unwrap(),
                 last: "10.91.0.20".parse().unwrap(),
             },
+            telemetry_bytes_max: Config::TELEMETRY_BYTES,
         };
         let names = config.names.clone();
         let token = StateDir::new(&config.state).admin_token();

@@ -11,6 +11,7 @@ use model::order::*;
 use model::refusal::Code;
 use model::seed::{GuestSeed, UserData};
 use model::storage::Format;
+use model::telemetry::*;
 use model::template::{Blob, Boot, Content, Disk, Seed};
 use model::*;
 use uuid::Uuid;
@@ -250,6 +251,71 @@ fn progress() -> Progress {
     }
 }
 
+fn telemetry() -> Telemetry {
+    let stall = |n| {
+        Some(Stall {
+            some_us: n,
+            full_us: Some(n / 2),
+        })
+    };
+    let disk = DiskFigures {
+        read_bytes: 1 << 30,
+        written_bytes: 1 << 20,
+        reads: 400,
+        writes: 30,
+    };
+    let network = NetworkFigures {
+        received_bytes: 1 << 22,
+        sent_bytes: 1 << 21,
+        received_dropped: 2,
+        sent_dropped: 1,
+    };
+    let pressure = Pressure {
+        cpu: stall(10),
+        memory: stall(20),
+        io: None,
+    };
+    let host = HostFigures {
+        cpus: 4,
+        cpu: CpuTimes {
+            user_ms: 1000,
+            system_ms: 200,
+            idle_ms: 9000,
+            iowait_ms: 30,
+            steal_ms: 4,
+        },
+        memory_bytes: 8 << 30,
+        memory_available_bytes: 6 << 30,
+        pressure,
+        pools: vec![PoolFigures {
+            pool: id(8),
+            name: "shared".parse().unwrap(),
+            capacity_bytes: 1 << 40,
+            free_bytes: 1 << 39,
+            device: Some(DeviceFigures { disk, busy_ms: 77 }),
+        }],
+        uplinks: vec![UplinkFigures {
+            name: "eth0".to_owned(),
+            network,
+        }],
+    };
+    let vm = VmFigures {
+        vm: id(1),
+        started_ticks: 4711,
+        cpu_ms: 900,
+        cpu_wait_ms: Some(12),
+        memory_bytes: 300 << 20,
+        disk: Some(disk),
+        network,
+        pressure,
+    };
+    Telemetry {
+        clock_ms: 123_456,
+        host,
+        vms: vec![vm],
+    }
+}
+
 fn vm_order(verb: Verb) -> Order {
     Order::Vm(Box::new(VmOrder {
         epoch: Epoch(1),
@@ -324,6 +390,12 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
             Up::Progress {
                 operation: id(2),
                 progress: progress(),
+            },
+        ),
+        (
+            "telemetry".to_owned(),
+            Up::Telemetry {
+                telemetry: Box::new(telemetry()),
             },
         ),
         (
