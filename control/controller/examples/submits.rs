@@ -72,7 +72,7 @@ async fn main() -> Result<(), Failure> {
         times[times.len() / 2],
         times[times.len() * 99 / 100],
     );
-    let metrics = handle.metrics(&actor);
+    let metrics = handle.metrics(&admin);
     let totals = metrics
         .lines()
         .filter(|line| line.contains("commit_seconds_sum") || line.contains("commit_seconds_count"));

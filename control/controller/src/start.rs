@@ -156,8 +156,7 @@ impl Controller {
         let blobs = in_state(state.blobs(), Blobs::open)?;
 
         let clock = Arc::new(Clock::start());
-        let (path, bytes_max) = (state.telemetry(), config.telemetry_bytes_max);
-        let telemetry = Arc::new(telemetry::Store::open(&path, bytes_max, clock.now()));
+        let telemetry = telemetry::Store::open(&state.telemetry(), config.telemetry_bytes_max, clock.now());
         let metrics = Arc::new(Metrics::new(telemetry.figures()));
         let committed = Arc::new(Committed::new(metrics.clone()));
         let (inputs, inputs_end) = mpsc::channel(INPUTS_MAX);
@@ -174,7 +173,7 @@ impl Controller {
             health: health_end,
             clock,
             passwords: Passwords::default(),
-            telemetry,
+            telemetry: Arc::new(telemetry),
         };
         let parts = Parts {
             storage,

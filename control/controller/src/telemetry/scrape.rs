@@ -217,6 +217,7 @@ impl Snapshot {
         family(encoder, "host_pressure", pressure, SECONDS, Counter, stalls)
     }
 
+    // tidy: long because it is a list of metrics.
     fn pools(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         use MetricType::{Counter, Gauge};
         let of = |read: fn(&PoolFigures) -> Option<f64>| {
@@ -337,6 +338,7 @@ impl Snapshot {
         )
     }
 
+    // tidy: long because it is a list of metrics.
     fn vms(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         use MetricType::{Counter, Gauge};
         let of = |read: fn(&VmFigures) -> Option<f64>| {

@@ -276,8 +276,8 @@ impl Plan {
         let step_s = span.step_s.map_or(if recent { 10 } else { 60 }, u64::from);
         let sane = match step_s {
             0 => false,
-            1..60 => step_s % Step::Fine.seconds() == 0,
-            60..=DAY_S => step_s % Step::Coarse.seconds() == 0,
+            1..60 => step_s.is_multiple_of(Step::Fine.seconds()),
+            60..=DAY_S => step_s.is_multiple_of(Step::Coarse.seconds()),
             _ => false,
         };
         if !sane {
