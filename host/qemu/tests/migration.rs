@@ -197,6 +197,23 @@ async fn a_cancelled_copy_leaves_the_guest_running() {
 }
 
 #[tokio::test]
+async fn what_a_guest_read_is_told_but_not_while_it_is_moved() {
+    let (qemu, capabilities) = installed().await;
+    let shared = Shared::new(&capabilities, Family::Q35);
+    let (mut source, destination, _stream) = pair(&qemu, &qemu, &shared).await;
+    assert!(source.handle.disk_figures().await.is_some());
+    assert_eq!(destination.handle.disk_figures().await, None, "it waits for its state");
+    source.act(Action::Copy(slow()));
+    source.until(|h| matches!(h, Happened::Copying(_))).await;
+    assert_eq!(source.handle.disk_figures().await, None, "QEMU is not asked");
+    source.act(Action::CancelCopy);
+    source.until(copy_failed).await;
+    assert!(source.handle.disk_figures().await.is_some());
+    destination.end().await;
+    source.end().await;
+}
+
+#[tokio::test]
 async fn a_copy_without_a_tunnel_fails_at_once() {
     let (qemu, capabilities) = installed().await;
     let shared = Shared::new(&capabilities, Family::Q35);

@@ -94,6 +94,20 @@ impl Terminal {
         self.keyboard.write_all(text.as_bytes()).context("cannot type")
     }
 
+    /// Gives the terminal a size; whoever draws on it sees that when it draws next.
+    ///
+    /// # Errors
+    /// When it is no terminal.
+    pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        let size = rustix::termios::Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&self.keyboard, size).context("cannot give a terminal a size")
+    }
+
     /// Waits until a text is shown, and forgets what was shown up to its end; returns what stood before it.
     ///
     /// # Errors

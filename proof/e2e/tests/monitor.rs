@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::api::Api;
 use e2e::fixture::{Guest, SETTLE_LIMIT, Shared};
 use e2e::suite;
+use e2e::terminal::Terminal;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     suite::main::<Shared>(e2e::cases![
         a_busy_guest_is_seen_so_and_its_figures_are_the_kernels,
         every_figure_of_the_dashboard_is_in_a_scrape,
+        on_a_terminal_it_draws_what_is_there_and_leaves_it_as_it_was,
         figures_outlive_the_controller_and_go_on_over_a_move,
     ])
 }
@@ -139,6 +141,22 @@ fn every_figure_of_the_dashboard_is_in_a_scrape(shared: &mut Shared) -> Result<(
         missing.is_empty(),
         "the dashboard asks for what no scrape tells: {missing:?}"
     );
+    Ok(())
+}
+
+fn on_a_terminal_it_draws_what_is_there_and_leaves_it_as_it_was(shared: &mut Shared) -> Result<()> {
+    const ALTERNATE: &str = "\u{1b}[?1049";
+    let guest = shared.create("drawn", 3)?;
+    let mut terminal = Terminal::start(&mut shared.cluster.command(&["top", "--every", "1"]))?;
+    terminal.resize(170, 30)?;
+    terminal.wait_for(&format!("{ALTERNATE}h"), LOOKS_LIMIT)?;
+    terminal.wait_for("MEMORY", LOOKS_LIMIT)?;
+    terminal.wait_for(&guest.name, LOOKS_LIMIT)?;
+    terminal.wait_for("active", LOOKS_LIMIT)?;
+    terminal.type_in("q")?;
+    terminal.wait_for(&format!("{ALTERNATE}l"), LOOKS_LIMIT)?;
+    let ended = terminal.wait_end(LOOKS_LIMIT)?;
+    ensure!(ended.success(), "it ended with {ended}");
     Ok(())
 }
 

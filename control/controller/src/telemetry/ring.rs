@@ -235,11 +235,15 @@ impl Ring {
             self.blocks.remove(&old);
             number
         };
-        // Emptied before it has a new name: no reader takes the points of the one before for its own.
-        let empty = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or(0)];
-        self.file.write_all_at(&empty, at(number))?;
+        if number == self.used {
+            self.file.set_len(at(number + 1))?;
+            self.used += 1;
+        } else {
+            // Emptied before it has a new name: no reader takes the points of the one before for its own.
+            let empty = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or(0)];
+            self.file.write_all_at(&empty, at(number))?;
+        }
         self.write_header(number, subject, label)?;
-        self.used = self.used.max(number + 1);
         let block = Block {
             number,
             label: cut(label),
@@ -438,6 +442,21 @@ mod tests {
         let ring = Ring::open(&path, FILE_HEADER_BYTES + BLOCK_BYTES, 0).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), ring.bytes());
         assert_eq!(ring.blocks.len(), 1);
+    }
+
+    #[test]
+    fn a_thing_takes_as_much_as_the_documents_say_however_long_it_is_watched() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ring");
+        let mut ring = Ring::open(&path, 512 << 20, 0).unwrap();
+        for span in 6000..6400 {
+            for n in 0..3 {
+                assert!(ring.write(vm(n), "", span, 1, &[1.0; COLUMNS]).unwrap());
+            }
+        }
+        let bytes = std::fs::metadata(&path).unwrap().len();
+        assert_eq!((bytes, BLOCK_BYTES), (FILE_HEADER_BYTES + 3 * BLOCK_BYTES, 92 << 10));
+        assert_eq!(bytes, ring.bytes());
     }
 
     #[test]
