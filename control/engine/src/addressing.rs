@@ -50,11 +50,11 @@ fn own<'w>(world: &'w World, request: &Request, reference: &Reference) -> Result
         return Ok(network);
     }
     let message = format!(
-        "network {} is shared by project default, which alone may change it",
+        "this project has no network {} of its own; the one that it uses is project default's",
         network.name
     );
     Err(refuse(
-        Code::Forbidden,
+        Code::NotFound,
         message,
         "ask an administrator of project default",
     ))

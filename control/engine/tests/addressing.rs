@@ -95,6 +95,6 @@ fn a_project_that_shares_the_network_may_not_change_it() {
     let mut request = cell.request(set("default", told()));
     request.actor.project = project;
     let refused = cell.submit(request).unwrap_err();
-    assert_eq!(refused.code, Code::Forbidden);
+    assert_eq!(refused.code, Code::NotFound);
     assert!(refused.message.contains("project default"), "{}", refused.message);
 }

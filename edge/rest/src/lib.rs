@@ -16,6 +16,7 @@
 //! - No cookie is read: what a browser sends by itself gives no right. A foreign `Origin` or `Host` is refused beside that.
 //! - No state of its own: an answer is the model's serialised form.
 
+mod addressing;
 mod audit;
 mod blobs;
 mod body;

@@ -9,7 +9,8 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    App, audit, blobs, events, hosts, inventory, metrics, operations, people, projects, system, templates, tokens, vms,
+    App, addressing, audit, blobs, events, hosts, inventory, metrics, operations, people, projects, system, templates,
+    tokens, vms,
 };
 
 #[derive(OpenApi)]
@@ -64,6 +65,7 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(operations::cancel))
         .routes(routes!(operations::wait))
         .routes(routes!(inventory::networks))
+        .routes(routes!(addressing::set))
         .routes(routes!(inventory::pools))
         .routes(routes!(inventory::volumes))
         .routes(routes!(people::login))

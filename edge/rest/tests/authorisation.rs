@@ -108,6 +108,13 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
         Cell,
         r#"{"name":"u","content":{"boot":{"kind":"bios"},"disk":null,"memory_mib_min":64}}"#,
     ),
+    (
+        "put",
+        "/v1/networks/{network}/addressing",
+        From(2),
+        Cell,
+        r#"{"method":"dhcp"}"#,
+    ),
     ("get", "/v1/users", From(2), Cell, ""),
     ("post", "/v1/users/{user}/grant", From(2), Cell, r#"{"role":"viewer"}"#),
     ("get", "/v1/tokens", From(2), Cell, ""),
@@ -309,6 +316,7 @@ impl Setup {
             .replace("{user}", &self.user)
             .replace("{token}", &self.victim)
             .replace("{host}", "h1")
+            .replace("{network}", "default")
             .replace("{sha256}", &"0".repeat(64))
     }
 

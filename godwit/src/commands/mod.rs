@@ -1,5 +1,6 @@
 //! One file for each noun.
 
+pub(crate) mod addressing;
 pub(crate) mod agent;
 pub(crate) mod audit;
 pub(crate) mod completion;

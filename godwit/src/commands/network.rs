@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use model::query::NetworkView;
 
-use super::{Heading, Session};
+use super::{Heading, Session, addressing::Told};
 use crate::exit::Failure;
 
 /// What can be done with networks.
@@ -11,12 +11,16 @@ use crate::exit::Failure;
 pub(crate) enum Network {
     /// List networks
     List,
+    /// Say what its guests are told, and how: DHCP, IPv6, name servers, metadata
+    Addressing(Box<Told>),
 }
 
 impl Network {
     pub(crate) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let Self::List = self;
-        session.list("/v1/networks", None, HEADING, row).await
+        match self {
+            Self::List => session.list("/v1/networks", None, HEADING, row).await,
+            Self::Addressing(told) => told.run(session).await,
+        }
     }
 }
 

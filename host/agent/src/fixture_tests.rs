@@ -88,6 +88,7 @@ impl Cell {
             peer_port: 1,
             qemu: qemu::Qemu::new(program, capabilities),
             network: network::Network::open().unwrap(),
+            desks: crate::desks::Common::new().unwrap(),
             pools: BTreeMap::new(),
             identity: self.identity(n),
             journal: journal::Journal::open(&config.journal_path(), boot).unwrap(),

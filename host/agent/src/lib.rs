@@ -17,6 +17,7 @@
 
 mod config;
 mod console;
+mod desks;
 mod facts;
 #[cfg(test)]
 #[path = "fixture_tests.rs"]
@@ -85,6 +86,12 @@ pub enum StartError {
     /// No network access.
     #[error("the network cannot be set up; the agent must run as root")]
     Network(#[from] network::OpenError),
+    /// No rules by which what is answered here goes no further.
+    #[error("what guests ask cannot be answered on this host; install nftables and let the agent run as root")]
+    Answers(#[source] network::NftError),
+    /// The kernel gives no random bytes.
+    #[error("cannot read /dev/urandom")]
+    Random(#[source] io::Error),
     /// No bridge.
     #[error("the bridge of VMs cannot be set up")]
     Bridge(#[from] network::BridgeError),
@@ -135,6 +142,8 @@ impl Agent {
         let journal = journal::Journal::open(&config.journal_path(), boot)?;
         make_run_dir(&config)?;
         let network = network::Network::open()?;
+        network.ensure_answers().map_err(StartError::Answers)?;
+        let desks = desks::Common::new().map_err(StartError::Random)?;
         network.ensure_bridge(&BridgeSpec {
             name: config.bridge.clone(),
             mtu: config.mtu,
@@ -166,6 +175,7 @@ impl Agent {
             peer_port,
             qemu,
             network,
+            desks,
             pools,
             identity,
             journal,

@@ -45,6 +45,11 @@ impl Ports {
         self.known.get(&port)
     }
 
+    /// All that are known here.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Port> {
+        self.known.values()
+    }
+
     /// Those of which only the kernel knows as yet.
     pub(crate) fn unknown(&self, ports: &[PortUse]) -> Vec<PortId> {
         let ids = ports.iter().map(|port| port.port);

@@ -22,16 +22,17 @@ use driver::{Action, Happened, Launch, Mode};
 use image::{Base, VolumeRequest};
 use model::{
     Code, Definition, Message, PortId, Refusal, Report, VmId,
-    order::{Relay, VolumePlace},
+    order::{PortUse, Relay, VolumePlace},
     template::Boot,
 };
-use network::Port;
+use network::{Port, Tap};
 use qemu::{Given, GivenKernel, GivenVolume, Pinned};
 use task::{Effect, Input, Missed, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     console::Serial,
+    desks::{self, Desks},
     journal,
     ports::{self, Found, Ports},
     seeds,
@@ -97,6 +98,7 @@ pub(crate) fn start(
         machine: None,
         given: None,
         ports: Ports::default(),
+        desks: Desks::default(),
         tunnel: None,
         standstill: Standstill::default(),
         timers: BTreeMap::new(),
@@ -126,6 +128,7 @@ struct Runner {
     /// What a process that is about to start gets.
     given: Option<Given>,
     ports: Ports,
+    desks: Desks,
     tunnel: Option<Tunnel>,
     standstill: Standstill,
     timers: BTreeMap<Timer, Instant>,
@@ -185,10 +188,18 @@ impl Runner {
             Fed::Prepared(Ok(prepared)) => {
                 self.given = Some(prepared.given);
                 self.ports.forget();
+                self.desks.close();
                 self.ports.know(prepared.ports);
                 Input::Prepared(Ok(prepared.launch))
             }
-            Fed::Ports(found) => return self.ports.found(&self.shared.network, self.vm, found),
+            Fed::Ports(found) => {
+                self.ports.found(&self.shared.network, self.vm, found);
+                // One that waits for its guest opens them with its ports.
+                if !matches!(self.task.saved().role, Role::Destination { .. }) {
+                    self.open_desks();
+                }
+                return;
+            }
             Fed::Prepared(Err(reason)) => {
                 // The next order to start it brings it again.
                 seeds::forget(&self.shared.config.seeds_dir(), self.vm);
@@ -347,6 +358,14 @@ impl Runner {
         if let Some(definition) = &self.task.saved().definition {
             self.ports.open(&self.shared.network, self.vm, &definition.ports);
         }
+        self.open_desks();
+    }
+
+    /// Lets the guest ask.
+    fn open_desks(&mut self) {
+        if let Some(definition) = &self.task.saved().definition {
+            self.desks.open(&self.shared, definition, self.ports.all());
+        }
     }
 
     /// Aside: the kernel may take its time to tell.
@@ -364,6 +383,7 @@ impl Runner {
     fn clear(&mut self) {
         self.given = None;
         self.ports.forget();
+        self.desks.close();
         self.tunnel = None;
         self.standstill.forget();
         *lock(&self.shown.serial) = None;
@@ -584,10 +604,7 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Pre
     given.seed = seeds::disk(shared, &definition, mode)?;
     let mut ports = vec![];
     for port in &definition.ports {
-        let remove = shared.network.remove(port.port);
-        remove.map_err(|error| failed("a tap of old could not be removed", chain(&error)))?;
-        let tap = shared.network.create_tap(port.port, &shared.bridge);
-        let tap = tap.map_err(|error| failed("its network port was not made", chain(&error)))?;
+        let tap = new_tap(shared, port).map_err(|why| failed("its network port was not made", why))?;
         given.taps.push(tap.fd);
         ports.push(tap.port);
     }
@@ -603,6 +620,18 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Pre
         given,
         ports,
     })
+}
+
+/// The tap of a port, blocked; what its guest asks its host goes no further.
+fn new_tap(shared: &Shared, port: &PortUse) -> Result<Tap, String> {
+    let network = &shared.network;
+    network.remove(port.port).map_err(|error| chain(&error))?;
+    let tap = network
+        .create_tap(port.port, &shared.bridge)
+        .map_err(|error| chain(&error))?;
+    let answered = network.set_answered(&tap.port, desks::answered(port));
+    answered.map_err(|error| chain(&error))?;
+    Ok(tap)
 }
 
 /// The VM's volumes, and its seed, which lies beside them.

@@ -24,6 +24,7 @@ use wire::{Up, session::FRAME_BYTES_MAX};
 use crate::{
     AgentConfig, Membership,
     console::Serial,
+    desks,
     journal::{self, Journal, JournalError},
     peers::Peers,
     reports::Reports,
@@ -71,6 +72,8 @@ pub(crate) struct Shared {
     /// What tunnels are started from.
     pub(crate) tunnels: tunnel::Program,
     pub(crate) network: Network,
+    /// What all desks share.
+    pub(crate) desks: desks::Common,
     pub(crate) bridge: InterfaceName,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) reports: Reports,
@@ -108,6 +111,7 @@ pub(crate) struct Parts {
     pub(crate) peer_port: u16,
     pub(crate) qemu: qemu::Qemu,
     pub(crate) network: Network,
+    pub(crate) desks: desks::Common,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) identity: NodeIdentity,
     pub(crate) journal: Journal,
@@ -131,6 +135,7 @@ impl Shared {
             qemu: parts.qemu,
             tunnels: parts.tunnels,
             network: parts.network,
+            desks: parts.desks,
             pools: parts.pools,
             reports: Reports::default(),
             peers: Arc::default(),

@@ -27,7 +27,9 @@ mod bridge;
 mod link;
 mod name;
 mod netlink;
+mod nft;
 mod port;
+mod questions;
 mod standstill;
 mod sys;
 mod traffic;
@@ -45,12 +47,15 @@ pub use announce::Announcement;
 pub use bridge::{Bridge, BridgeError, BridgeSpec, Gateway};
 pub use name::{InterfaceName, NameError};
 pub use netlink::NetlinkError;
+pub use nft::NftError;
 pub use port::{FoundPort, Port, PortCounters, PortError, Tap, TapError, tap_name};
+pub use questions::{Answered, Questions};
 pub use standstill::{FRAME_BYTES_MAX, FrameError, Keeper, KeptFrame, VIRTIO_HEADER_BYTES};
 pub use traffic::{Traffic, UplinkCounters};
 pub use trial::{LinkKind, LinkTrialError, Throwaway, TrialError, in_throwaway_namespace};
 
 use netlink::Netlink;
+use nft::Nft;
 
 /// Why the host's network cannot be managed at all.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +78,7 @@ pub struct Network {
     packet: OwnedFd,
     /// For frames with a virtio header that are given to a guest.
     giving: OwnedFd,
+    nft: Nft,
 }
 
 impl Network {
@@ -88,6 +94,7 @@ impl Network {
             fast: Mutex::new(Netlink::open().map_err(OpenError::Netlink)?),
             packet,
             giving: standstill::packet_socket().map_err(|errno| OpenError::Packet(errno.into()))?,
+            nft: Nft::find(),
         })
     }
 

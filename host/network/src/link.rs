@@ -24,6 +24,7 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_STATS64: u16 = 23;
 const IFLA_AF_SPEC: u16 = 26;
+const IFLA_GROUP: u16 = 27;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
@@ -281,6 +282,11 @@ impl Change {
 
     pub(crate) fn mac(self, mac: [u8; 6]) -> Self {
         Self(self.0.attr(IFLA_ADDRESS, &mac))
+    }
+
+    /// Rules may speak of all of a group.
+    pub(crate) fn group(self, group: u32) -> Self {
+        Self(self.0.attr(IFLA_GROUP, &group.to_ne_bytes()))
     }
 
     pub(crate) fn master(self, master: u32) -> Self {

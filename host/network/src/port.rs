@@ -404,7 +404,7 @@ fn drain(fd: &OwnedFd) -> Result<(), Errno> {
     Ok(())
 }
 
-fn failure(tap: &str, step: &'static str) -> impl Fn(NetlinkError) -> PortError {
+pub(crate) fn failure(tap: &str, step: &'static str) -> impl Fn(NetlinkError) -> PortError {
     move |source| match source.errno() {
         Some(Errno::PERM | Errno::ACCESS) => PortError::NotPermitted {
             tap: tap.to_owned(),

@@ -262,7 +262,7 @@ fn to_guest(mac: [u8; 6]) -> [libc::sock_filter; 16] {
     ]
 }
 
-fn failure(tap: &str, step: &'static str) -> impl Fn(Errno) -> FrameError {
+pub(crate) fn failure(tap: &str, step: &'static str) -> impl Fn(Errno) -> FrameError {
     move |errno| match errno {
         Errno::PERM | Errno::ACCESS => FrameError::NotPermitted {
             tap: tap.to_owned(),

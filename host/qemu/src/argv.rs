@@ -10,6 +10,7 @@ use std::os::fd::RawFd;
 
 use driver::Mode;
 use model::Definition;
+use model::addressing::AddressingMethod;
 use model::host::Accelerator;
 use model::layout::{Device, DeviceKind, Family, Layout};
 use model::order::{PortUse, VolumeUse};
@@ -281,6 +282,10 @@ fn guest_words(definition: &Definition, cmdline: &str) -> String {
     let mut words = format!("{cmdline} godwit.name={}", definition.name);
     if let Some(port) = definition.ports.first() {
         // Writing to a String does not fail.
+        if port.addressing.method == AddressingMethod::Dhcp {
+            words.push_str(" godwit.ip=dhcp");
+            return words;
+        }
         let _ = write!(words, " godwit.ip={}/{} godwit.mtu={}", port.ip, port.prefix, port.mtu);
         if let Some(gateway) = port.gateway {
             let _ = write!(words, " godwit.gw={gateway}");

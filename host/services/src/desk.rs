@@ -14,8 +14,9 @@ use crate::{
     bucket::Bucket,
     dhcp,
     frame::{ARP, Frame, IPV4, IPV6, Icmp6, ethernet},
-    http::Request,
-    metadata, neighbour,
+    http::{Reply, Request},
+    metadata::{self, Verdict},
+    neighbour,
     tcp::{self, Stack},
 };
 
@@ -36,6 +37,7 @@ pub struct Desk {
     adverts: Option<Schedule>,
     stack: Option<Box<Stack>>,
     told: Option<Told>,
+    unknown: bool,
 }
 
 impl Desk {
@@ -52,6 +54,7 @@ impl Desk {
             seed,
             stack: None,
             told: None,
+            unknown: false,
         }
     }
 
@@ -116,16 +119,21 @@ impl Desk {
         self.told.is_none() && self.stack.as_ref().is_some_and(|stack| stack.waits())
     }
 
-    /// What the guest was told; frames for it are added to `out`.
-    pub fn tell(&mut self, told: Told, now: Duration, out: &mut Vec<Vec<u8>>) {
-        self.told = Some(told);
+    /// What the guest was told, or that nobody can say so now: then those who wait are told that. Frames for it are added to `out`.
+    pub fn tell(&mut self, told: Option<Told>, now: Duration, out: &mut Vec<Vec<u8>>) {
+        self.unknown = told.is_none();
+        self.told = told;
         self.turn(now, out);
+        self.unknown = false;
     }
 
     fn turn(&mut self, now: Duration, out: &mut Vec<Vec<u8>>) {
         let Some(stack) = &mut self.stack else { return };
-        let (guest, told, key) = (&self.guest, self.told.as_ref(), &self.key);
-        let decide = |request: &Request| metadata::answer(guest, told, key, request, now);
+        let (guest, told, key, unknown) = (&self.guest, self.told.as_ref(), &self.key, self.unknown);
+        let decide = |request: &Request| match metadata::answer(guest, told, key, request, now) {
+            Verdict::NeedsTold if unknown => Verdict::Reply(Reply::status(503)),
+            verdict => verdict,
+        };
         let mut packets = vec![];
         stack.turn(now, &decide, &mut packets);
         let mac = guest.port().mac;

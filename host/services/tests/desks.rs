@@ -282,6 +282,17 @@ fn a_network_may_allow_it_without_a_token_or_not_at_all() {
 }
 
 #[test]
+fn what_cannot_be_read_now_is_not_told_to_be_nothing() {
+    let mut definition = definition();
+    definition.ports[0].addressing.metadata = MetadataAccess::Open;
+    let mut client = Client::new(desk_of(&definition, 1));
+    client.desk.told = None;
+    assert_eq!(client.get("/latest/user-data", &[]).0, 503);
+    client.desk.told = Some(told());
+    assert_eq!(client.get("/latest/user-data", &[]).0, 200);
+}
+
+#[test]
 fn connections_are_of_the_ports_own_addresses_and_bounded() {
     // A SYN that says to come from somebody else.
     for (mac, ip) in [(OTHER, IP), (MAC, Ipv4Addr::new(10, 91, 0, 8))] {

@@ -38,10 +38,42 @@ done
 hostname "$name"
 ip link set dev lo up
 [ -n "$mtu" ] && ip link set dev eth0 mtu "$mtu"
-[ -n "$ip" ] && ip address add "$ip" dev eth0
+[ -n "$ip" ] && [ "$ip" != dhcp ] && ip address add "$ip" dev eth0
 ip link set dev eth0 up
+[ "$ip" = dhcp ] && udhcpc -i eth0 -b -S -t 5 -T 1 -s /etc/dhcp
 [ -n "$gw" ] && ip route add default via "$gw" dev eth0
 mount -t tmpfs tmp /tmp
+"#;
+
+/// What udhcpc does with a lease. What it was told last lies in /run/lease.
+const DHCP: &str = r#"#!/bin/busybox sh
+case "$1" in
+bound|renew)
+    [ -n "$mtu" ] && ip link set dev "$interface" mtu "$mtu"
+    ip address replace "$ip/$mask" dev "$interface"
+    set -- "$1" $staticroutes
+    event="$1"
+    shift
+    while [ $# -ge 2 ]; do
+        case "$2" in
+            0.0.0.0) ip route replace "$1" dev "$interface" ;;
+            *) ip route replace "$1" via "$2" dev "$interface" ;;
+        esac
+        shift 2
+    done
+    : > /etc/resolv.conf
+    [ -n "$domain" ] && echo "search $domain" >> /etc/resolv.conf
+    for server in $dns; do echo "nameserver $server" >> /etc/resolv.conf; done
+    {
+        echo "$event $ip/$mask by $serverid for $lease mtu $mtu router $router dns $dns domain $domain host $hostname"
+        cat /run/lease
+    } > /run/lease.new 2> /dev/null
+    mv /run/lease.new /run/lease
+    ;;
+deconfig|nak)
+    ip -4 address flush dev "$interface"
+    ;;
+esac
 "#;
 
 /// Packs the initramfs. It is not compressed: unpacking would cost an emulated guest more than QEMU's copying does.
@@ -93,6 +125,7 @@ pub(crate) fn make(kernel: &Kernel, busybox: &Path, progress: &mut dyn FnMut(Pro
     archive.file("bin/godwit-micro", 0o755, PROGRAM);
     archive.file("etc/inittab", 0o644, INITTAB.as_bytes());
     archive.file("etc/rc", 0o755, RC.as_bytes());
+    archive.file("etc/dhcp", 0o755, DHCP.as_bytes());
     let names: String = modules.iter().map(|module| format!("{}\n", module.name)).collect();
     archive.file("etc/modules", 0o644, names.as_bytes());
     for module in &modules {

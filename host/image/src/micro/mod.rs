@@ -1,7 +1,7 @@
 //! The micro template: a kernel and a busybox initramfs that serve HTTP two or three seconds after QEMU's start.
 //!
 //! The guest's requests are listed in `micro/http.rs`; [`stream`] has the downloads' byte stream and its checksum. The
-//! guest reads from its kernel command line: `godwit.ip=A.B.C.D/N`, `godwit.gw=A.B.C.D`, `godwit.name=NAME`,
+//! guest reads from its kernel command line: `godwit.ip=A.B.C.D/N` or `godwit.ip=dhcp`, `godwit.gw=A.B.C.D`, `godwit.name=NAME`,
 //! `godwit.mtu=N`, all optional.
 
 mod cpio;

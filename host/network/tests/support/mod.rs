@@ -110,11 +110,14 @@ impl Guest {
 
     /// Sends a frame with this text.
     pub fn send(&self, to: [u8; 6], text: &str) {
+        // The ethertype for local experiments.
+        self.send_frame(&[&to[..], &self.mac, &[0x88, 0xb5], text.as_bytes()].concat());
+    }
+
+    /// Sends a frame, padded where it is too short.
+    pub fn send_frame(&self, frame: &[u8]) {
         let mut bytes = vec![0; VIRTIO_HEADER];
-        bytes.extend_from_slice(&to);
-        bytes.extend_from_slice(&self.mac);
-        bytes.extend_from_slice(&[0x88, 0xb5]); // the ethertype for local experiments
-        bytes.extend_from_slice(text.as_bytes());
+        bytes.extend_from_slice(frame);
         bytes.resize(bytes.len().max(VIRTIO_HEADER + 60), 0);
         rustix::io::write(&self.fd, &bytes).unwrap();
     }

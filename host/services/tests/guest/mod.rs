@@ -91,6 +91,8 @@ pub(crate) fn told() -> Told {
 pub(crate) struct Clocked {
     desk: Desk,
     now: Duration,
+    /// What can be said of what its guest was told.
+    pub(crate) told: Option<Told>,
 }
 
 pub(crate) fn desk() -> Clocked {
@@ -103,6 +105,7 @@ pub(crate) fn desk_of(definition: &Definition, host: u128) -> Clocked {
     Clocked {
         desk: Desk::new(guest, Key::new([7; KEY_BYTES]), 1, now),
         now,
+        told: Some(told()),
     }
 }
 
@@ -112,7 +115,7 @@ impl Clocked {
         let mut out = vec![];
         self.desk.take(frame, self.now, &mut out);
         if self.desk.asks() {
-            self.desk.tell(told(), self.now, &mut out);
+            self.desk.tell(self.told.clone(), self.now, &mut out);
         }
         out
     }
