@@ -9,8 +9,8 @@ use model::name::Reference;
 use crate::{
     client::locate::Flags,
     commands::{
-        agent, audit, completion, controller, doctor, documents, events, host, login, network, op, pool, project,
-        template, token, top, up, user, vm,
+        agent, audit, completion, controller, doctor, documents, events, host, login, network, op, pool, port, project,
+        security_group, template, token, top, up, user, vm,
     },
     exit::EXIT_CODES,
     out::Format,
@@ -125,6 +125,12 @@ pub(crate) enum Command {
     /// Networks
     #[command(subcommand)]
     Network(network::Network),
+    /// VMs' attachments to networks, and what they let through
+    #[command(subcommand)]
+    Port(port::Port),
+    /// Rules that ports share
+    #[command(subcommand)]
+    SecurityGroup(security_group::SecurityGroup),
     /// Storage pools
     #[command(subcommand)]
     Pool(pool::Pool),
@@ -217,6 +223,19 @@ mod tests {
             "godwit top",
             "godwit top --hosts --sort memory --filter web --every 5",
             "godwit top --once --project team-a -o json",
+            "godwit security-group create web",
+            "godwit security-group show web",
+            "godwit security-group add-rule web ingress --protocol tcp --port 80-443 --remote 10.0.0.0/8",
+            "godwit security-group add-rule web egress --remote-group db",
+            "godwit security-group remove-rule web 2",
+            "godwit security-group delete web",
+            "godwit vm create web1 --template micro --security-group web --security-group db --allow-address 10.0.0.100",
+            "godwit port list -o wide",
+            "godwit port show web1",
+            "godwit port set web1 --link down",
+            "godwit port set web1 --rate-limit 1M --burst 256K",
+            "godwit port set web1 --rate-limit-to-guest none --rate-limit-from-guest 1M",
+            "godwit port set web1 --no-security-group --no-allow-address",
             "godwit doctor",
             "godwit doctor --for agent --for client --pool shared=/srv/a --uplink eth1 --mtu 9000 --port 1 --port 2 -o json",
         ] {
@@ -249,6 +268,14 @@ mod tests {
             "godwit doctor --pool /srv/a",
             "godwit doctor --uplink ../x",
             "godwit frobnicate",
+            "godwit security-group add-rule web sideways",
+            "godwit security-group add-rule web ingress --remote 10.0.0.1/8",
+            "godwit security-group add-rule web ingress --port 90-80",
+            "godwit security-group add-rule web ingress --protocol sctp",
+            "godwit security-group add-rule web ingress --remote 10.0.0.0/8 --remote-group db",
+            "godwit port set web1 --link sideways",
+            "godwit port set web1 --rate-limit fast",
+            "godwit port set web1 --security-group web --no-security-group",
             "godwit user grant alice king",
             "godwit user create ../x",
             "godwit token create ci",

@@ -86,6 +86,13 @@ const PROGRAMS: &[Program] = &[
         good: any,
     },
     Program {
+        name: "nft",
+        package: "nftables",
+        why: "what VMs' ports let through",
+        purposes: ALL,
+        good: any,
+    },
+    Program {
         name: "tc",
         package: "iproute2",
         why: "shaped links",

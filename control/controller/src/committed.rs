@@ -8,7 +8,7 @@ use std::{
 };
 
 use model::{
-    Actor, Change, Digest, HostId, Key, Name, Notice, OperationId, ProjectId, Role, Row, Sequence, TemplateId,
+    Actor, Change, Digest, HostId, Key, Name, Notice, OperationId, PortId, ProjectId, Role, Row, Sequence, TemplateId,
     Timestamp, TokenId, User, UserId, VmId, VmState,
     access::ApiToken,
     host::Link,
@@ -50,6 +50,8 @@ struct Index {
     hosts: BTreeMap<HostId, (Link, Name)>,
     vms: BTreeMap<VmId, (VmState, Place)>,
     templates: BTreeMap<TemplateId, TemplateBlobs>,
+    /// Whose a port is, and on which host it is open.
+    ports: BTreeMap<PortId, (ProjectId, HostId)>,
     running: BTreeSet<OperationId>,
     notices: VecDeque<Arc<Notice>>,
 }
@@ -226,6 +228,13 @@ impl Committed {
         self.index().vms.get(&vm).map(|(_, place)| place.clone())
     }
 
+    /// Whose these ports are, and on which host each is open; those that are open nowhere are left out.
+    pub(crate) fn bound(&self, ports: impl Iterator<Item = PortId>) -> BTreeMap<PortId, (ProjectId, HostId)> {
+        let index = self.index();
+        let bound = ports.filter_map(|port| Some((port, *index.ports.get(&port)?)));
+        bound.collect()
+    }
+
     /// Hosts whose link is stored as up.
     pub(crate) fn hosts_up(&self) -> Vec<HostId> {
         let index = self.index();
@@ -292,6 +301,10 @@ impl Index {
                 };
                 self.vms.insert(vm.id, (vm.status.state, place));
             }
+            Row::Port(port) => match port.bound {
+                Some(host) => drop(self.ports.insert(port.id, (port.project, host))),
+                None => drop(self.ports.remove(&port.id)),
+            },
             Row::Template(template) => {
                 let blobs = TemplateBlobs {
                     wanted: template.state == TemplateState::Importing,
@@ -332,6 +345,7 @@ impl Index {
             }
             Key::Host(id) => drop(self.hosts.remove(id)),
             Key::Vm(id) => drop(self.vms.remove(id)),
+            Key::Port(id) => drop(self.ports.remove(id)),
             Key::Template(id) => drop(self.templates.remove(id)),
             Key::Operation(id) => drop(self.running.remove(id)),
             Key::Notice(sequence) => {

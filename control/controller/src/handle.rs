@@ -32,6 +32,7 @@ use crate::{
     consoles::Consoles,
     core::{Health, Input, read_only},
     joining::Authority,
+    meters::Meters,
     metrics::Metrics,
     passwords::Passwords,
     storage::Storage,
@@ -63,6 +64,7 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<Clock>,
     pub(crate) passwords: Passwords,
     pub(crate) telemetry: Arc<telemetry::Store>,
+    pub(crate) meters: Arc<Meters>,
 }
 
 /// The edges' only way in. Cheap to clone.
@@ -135,11 +137,24 @@ impl Handle {
                 .operation(actor, id)
                 .await
                 .map(|view| View::Operation(Box::new(view))),
-            query => self
-                .ask(move |world, now| world.query(&actor, &query, now))
-                .await?
-                .map_err(|refusal| *refusal),
+            query => {
+                let view = self.ask(move |world, now| world.query(&actor, &query, now)).await?;
+                view.map(|view| self.metered(view)).map_err(|refusal| *refusal)
+            }
         }
+    }
+
+    /// With what went through ports.
+    fn metered(&self, mut view: View) -> View {
+        let ports = match &mut view {
+            View::Port(port) => std::slice::from_mut(&mut **port),
+            View::Ports(listing) => &mut listing.items,
+            _ => &mut [],
+        };
+        for view in ports {
+            view.traffic = self.0.meters.of(view.port.id);
+        }
+        view
     }
 
     /// An operation; one that ended long ago is no longer in the world, but in the store.
@@ -281,6 +296,7 @@ impl Handle {
         self.0.committed.count();
         let mut text = self.0.metrics.text();
         self.0.telemetry.scrape(actor, &self.0.committed, &mut text);
+        self.0.meters.scrape(actor, &self.0.committed, &mut text);
         text.push_str("# EOF\n");
         text
     }

@@ -30,6 +30,7 @@ mod handle;
 mod joining;
 mod links;
 mod memory;
+mod meters;
 mod metrics;
 mod passwords;
 mod people;

@@ -138,6 +138,7 @@ impl Controller {
         Self::begin(config, storage, stored).await
     }
 
+    // tidy: long because all parts of a controller are put together here.
     async fn begin(config: Config, storage: Arc<dyn Storage>, stored: Stored) -> Result<(Self, Handle), StartError> {
         let name = check(&config)?;
         let state = StateDir::new(&config.state);
@@ -174,6 +175,7 @@ impl Controller {
             clock,
             passwords: Passwords::default(),
             telemetry: Arc::new(telemetry),
+            meters: Arc::default(),
         };
         let parts = Parts {
             storage,

@@ -83,6 +83,8 @@ fn create() -> Command {
         hostname: None,
         ssh_keys: vec![],
         user_data: None,
+        security_groups: vec![],
+        allow_addresses: vec![],
     })
 }
 

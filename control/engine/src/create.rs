@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use model::{
     Code, Generation, Host, HostId, Mac, Millis, NetworkId, OperationKind, Outcome, Plan, PoolId, Port, PortId,
-    Refusal, Request, Revision, Row, SubnetId, Template, Vm, VmId, VmSpec, VmState, VmStatus, Volume, VolumeId,
+    PortSpec, Refusal, Request, Revision, Row, SubnetId, Template, Vm, VmId, VmSpec, VmState, VmStatus, Volume,
+    VolumeId,
     access::{Project, Usage},
     addressing::V6Prefix,
     command::CreateVm,
@@ -20,7 +21,7 @@ use model::{
 use crate::{
     definition,
     placement::{self, Machine, Need},
-    projects,
+    ports, projects,
     request::{self, Decision, Fresh, refuse},
     txn::{Txn, target},
     world::World,
@@ -47,6 +48,7 @@ struct Decided<'w> {
     ip: Ipv4Addr,
     v6: Option<V6Prefix>,
     disk_bytes: Option<u64>,
+    port: PortSpec,
     need: Need,
     plan: Plan,
     host: Result<HostId, Box<Refusal>>,
@@ -79,7 +81,11 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
     let project = world.projects[&request.actor.project].clone();
     let more = usage(wanted, decided.disk_bytes);
     let seeded = decided.template.content.seed == Seed::NoCloud;
+    let groups = port.spec.groups.clone();
     write(txn, vm, port, volume, project, more);
+    // Its address is one of its groups' from here on.
+    let told = ports::concerned_by(txn.world(), groups);
+    ports::renew(txn, told);
     if seeded {
         let seed = guest_seed(wanted);
         txn.put(Row::Seed(Box::new(SeedRow { vm: id, seed })));
@@ -151,6 +157,11 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
     let disk_bytes = disk(wanted, template)?;
     projects::within(&world.projects[&actor.project], usage(wanted, disk_bytes))?;
     let (network, subnet, ip) = address(world, request, wanted)?;
+    let port = PortSpec {
+        groups: ports::groups_of(world, actor, &wanted.security_groups, &BTreeSet::new())?,
+        allowed: ports::addresses(&wanted.allow_addresses)?,
+        ..PortSpec::default()
+    };
     let any_pool = match &wanted.pool {
         None => pools,
         Some(reference) => BTreeSet::from([named_pool(world, reference, &pools, template)?]),
@@ -178,6 +189,7 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
         ip,
         v6: world.networks.get(&network).and_then(|network| network.addressing.v6),
         disk_bytes,
+        port,
         need,
         plan,
         host,
@@ -400,6 +412,8 @@ fn port(
         bound: None,
         generation: Generation(0),
         rests_until: None,
+        spec: Box::new(decided.port.clone()),
+        applied: Revision(0),
     })
 }
 

@@ -5,7 +5,7 @@ use model::{
     order::{PortUse, VolumeBase, VolumePlace, VolumeUse},
 };
 
-use crate::{placement, world::World};
+use crate::{placement, ports, world::World};
 
 /// The definition of a VM for a host. `None` when a row that it refers to is missing, which [`World::load`] excludes.
 pub(crate) fn of(world: &World, vm: &Vm, host: model::HostId) -> Option<Definition> {
@@ -47,7 +47,8 @@ pub(crate) fn of(world: &World, vm: &Vm, host: model::HostId) -> Option<Definiti
     })
 }
 
-fn port(world: &World, id: model::PortId) -> Option<PortUse> {
+/// A port, as its host is told of it.
+pub(crate) fn port(world: &World, id: model::PortId) -> Option<PortUse> {
     let port = world.ports.get(&id)?;
     let subnet = world.subnets.get(&port.subnet)?;
     let network = world.networks.get(&port.network)?;
@@ -60,6 +61,7 @@ fn port(world: &World, id: model::PortId) -> Option<PortUse> {
         mtu: network.mtu,
         v6: port.v6,
         addressing: network.addressing.clone(),
+        policy: ports::policy(world, port),
     })
 }
 

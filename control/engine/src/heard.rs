@@ -29,6 +29,7 @@ pub(crate) fn bounded(mut report: Report) -> Report {
         Report::Vm(report) => bound_happening(&mut report.what),
         // Of its content only numbers are taken over.
         Report::Template(report) => report.refused.iter_mut().for_each(bound_refusal),
+        Report::Port(report) => report.refused.iter_mut().for_each(bound_refusal),
         Report::Progress { progress, .. } => cut(&mut progress.doing, DOING_MAX),
         Report::Relay(_) => {}
     }

@@ -6,10 +6,11 @@ use std::{
 };
 
 use model::{
-    HostId, Mac, Name, NetworkId, OperationId, PoolId, Port, PortId, ProjectId, Role, Row, Subnet, SubnetId,
-    TemplateId, Timestamp, TokenId, UserId, Vm, VmId, VolumeId,
+    HostId, Mac, Name, NetworkId, OperationId, PoolId, Port, PortId, ProjectId, Role, Row, SecurityGroupId, Subnet,
+    SubnetId, TemplateId, Timestamp, TokenId, UserId, Vm, VmId, VolumeId,
     access::{ApiToken, TokenKind},
     operation::TargetKind,
+    policy::Remote,
 };
 use uuid::Uuid;
 
@@ -36,6 +37,14 @@ pub(crate) struct Index {
     pub(crate) vms: BTreeSet<(ProjectId, VmId)>,
     pub(crate) volumes: BTreeSet<(ProjectId, VolumeId)>,
     pub(crate) networks: BTreeSet<(ProjectId, NetworkId)>,
+    /// Ports of VMs.
+    pub(crate) ports: BTreeSet<(ProjectId, PortId)>,
+    pub(crate) security_group_names: BTreeMap<(ProjectId, Name), SecurityGroupId>,
+    pub(crate) security_groups: BTreeSet<(ProjectId, SecurityGroupId)>,
+    /// Ports in a security group.
+    pub(crate) grouped: BTreeSet<(SecurityGroupId, PortId)>,
+    /// Security groups of whose ports a rule of another, or of the group itself, speaks.
+    pub(crate) group_remotes: BTreeSet<(SecurityGroupId, SecurityGroupId)>,
     pub(crate) templates: BTreeSet<(ProjectId, TemplateId)>,
     pub(crate) operations: BTreeSet<(ProjectId, OperationId)>,
     pub(crate) subnets: BTreeSet<(NetworkId, SubnetId)>,
@@ -152,6 +161,20 @@ impl Index {
                 }
             }
             Row::Answer(row) => set(&mut self.answered, (row.at, row.project, row.key.clone()), there),
+            Row::SecurityGroup(row) => {
+                map(
+                    &mut self.security_group_names,
+                    (row.project, row.name.clone()),
+                    row.id,
+                    there,
+                );
+                set(&mut self.security_groups, (row.project, row.id), there);
+                for rule in &row.rules {
+                    if let Remote::Group(remote) = rule.remote {
+                        set(&mut self.group_remotes, (remote, row.id), there);
+                    }
+                }
+            }
             Row::Outbox(_) | Row::Notice(_) | Row::Audit(_) | Row::Seed(_) => {}
         }
     }
@@ -167,6 +190,12 @@ impl Index {
 
     fn touch_port(&mut self, row: &Port, there: bool) {
         map(&mut self.macs, row.mac, row.id, there);
+        if row.vm.is_some() {
+            set(&mut self.ports, (row.project, row.id), there);
+        }
+        for group in &row.spec.groups {
+            set(&mut self.grouped, (*group, row.id), there);
+        }
         if let Some(free) = self.free.get_mut(&row.subnet) {
             if there {
                 free.take(row.ip);
@@ -242,6 +271,18 @@ impl Index {
     pub(crate) fn users_of(&self, project: ProjectId) -> impl Iterator<Item = UserId> + '_ {
         let users = self.project_users.range((project, UserId(Uuid::nil()))..);
         users.take_while(move |(of, _)| *of == project).map(|&(_, id)| id)
+    }
+
+    /// The ports in a security group.
+    pub(crate) fn ports_in(&self, group: SecurityGroupId) -> impl Iterator<Item = PortId> + '_ {
+        let ports = self.grouped.range((group, PortId(Uuid::nil()))..);
+        ports.take_while(move |(of, _)| *of == group).map(|&(_, id)| id)
+    }
+
+    /// The groups with a rule that speaks of a group's ports.
+    pub(crate) fn groups_that_name(&self, group: SecurityGroupId) -> impl Iterator<Item = SecurityGroupId> + '_ {
+        let groups = self.group_remotes.range((group, SecurityGroupId(Uuid::nil()))..);
+        groups.take_while(move |(of, _)| *of == group).map(|&(_, id)| id)
     }
 
     /// The VMs that concern a host.

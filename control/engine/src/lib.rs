@@ -29,6 +29,7 @@ mod cancel;
 mod capacity;
 mod create;
 mod definition;
+mod groups;
 mod heard;
 mod hosts;
 mod index;
@@ -37,6 +38,7 @@ mod migration;
 mod moves;
 mod people;
 mod placement;
+mod ports;
 mod projects;
 mod query;
 mod reconcile;
@@ -73,6 +75,7 @@ pub fn step(world: &mut World, event: Event, now: Timestamp) -> Vec<Effect> {
             Report::InventoryPart { vms, after, up_to } => hosts::inventory(&mut txn, host, &vms, (after, up_to)),
             Report::Vm(report) => reports::vm(&mut txn, host, &report),
             Report::Template(report) => templates::report(&mut txn, host, &report),
+            Report::Port(report) => ports::report(&mut txn, host, &report),
             Report::Progress { operation, progress } => reports::progress(&mut txn, host, operation, progress),
             Report::Relay(relay) => moves::relay(&mut txn, host, relay),
         },

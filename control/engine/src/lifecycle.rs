@@ -11,7 +11,7 @@ use model::{
 use crate::{
     create, definition, hosts,
     placement::{self, Need},
-    projects, reports,
+    ports, projects, reports,
     request::{self, Decision, Fresh, refuse},
     txn::Txn,
     world::World,
@@ -314,6 +314,7 @@ pub(crate) fn erase(txn: &mut Txn<'_>, id: VmId) {
     let Some(vm) = txn.world().vm(id).cloned() else { return };
     let until = txn.now.after(ADDRESS_RESTS);
     for port in &vm.ports {
+        ports::release(txn, id, *port);
         txn.edit_port(*port, |port| {
             port.vm = None;
             port.bound = None;

@@ -119,10 +119,13 @@ fn left_in(world: &World, project: ProjectId) -> Option<String> {
     let templates = templates.take_while(|(of, _)| *of == project);
     let networks = index.networks.range((project, NetworkId(nil()))..);
     let networks = networks.take_while(|(of, _)| *of == project);
+    let groups = index.security_groups.range((project, model::SecurityGroupId(nil()))..);
+    let groups = groups.take_while(|(of, _)| *of == project);
     many(vms.count(), "VMs")
         .or_else(|| many(volumes.count(), "volumes"))
         .or_else(|| many(templates.count(), "templates"))
         .or_else(|| many(networks.count(), "networks"))
+        .or_else(|| many(groups.count(), "security groups"))
 }
 
 /// Takes away what only made sense in a project: its service tokens, roles in it; its addresses rest on in the network's own project.

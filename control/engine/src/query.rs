@@ -3,18 +3,20 @@
 use std::ops::Bound;
 
 use model::{
-    Actor, Code, Host, NetworkId, Operation, OperationId, PoolId, Project, ProjectId, Refusal, Role, Timestamp,
-    TokenId, User, UserId, Vm,
+    Actor, Code, Host, NetworkId, Operation, OperationId, PoolId, Port, Project, ProjectId, Refusal, Role,
+    SecurityGroup, SecurityGroupId, Timestamp, TokenId, User, UserId, Vm,
     access::ApiToken,
     name::Reference,
+    policy::Remote,
     query::{
-        GrantView, HostView, Listing, Named, NetworkView, OperationView, Page, Query, TokenView, UserView, View, VmView,
+        GrantView, HostView, Listing, Named, NetworkView, OperationView, Page, PortView, Query, SecurityGroupView,
+        TokenView, UserView, View, VmView,
     },
 };
 use uuid::Uuid;
 
 use crate::{
-    capacity, people, projects,
+    capacity, groups, people, ports, projects,
     request::{self, refuse},
     world::World,
 };
@@ -94,7 +96,61 @@ impl World {
                 let token = token.ok_or_else(|| refuse(Code::NotFound, "no token was shown", ""))?;
                 View::Token(Box::new(self.token_view(token)))
             }
+            Query::Ports(page) => {
+                let ids = of(&self.index.ports, project, *page);
+                View::Ports(listing(*page, ids, |id| {
+                    self.ports.get(&id).map(|port| self.port_view(port))
+                })?)
+            }
+            Query::Port(reference) => View::Port(Box::new(self.port_view(ports::find(self, actor, reference)?))),
+            Query::SecurityGroups(page) => {
+                let ids = of(&self.index.security_groups, project, *page);
+                let view = |id| {
+                    self.security_groups
+                        .get(&id)
+                        .map(|group| self.security_group_view(group))
+                };
+                View::SecurityGroups(listing(*page, ids, view)?)
+            }
+            Query::SecurityGroup(reference) => {
+                let group = groups::find(self, actor, reference)?;
+                View::SecurityGroup(Box::new(self.security_group_view(group)))
+            }
         })
+    }
+
+    fn port_view(&self, port: &Port) -> PortView {
+        PortView {
+            port: port.clone(),
+            vm_name: port.vm.and_then(|id| self.vm(id)).map(|vm| vm.name.clone()),
+            network_name: self.networks.get(&port.network).map(|network| network.name.clone()),
+            host_name: port.bound.and_then(|id| self.host(id)).map(|host| host.name.clone()),
+            security_groups: self.named_groups(port.spec.groups.iter()),
+            in_force: !ports::is_pending(self, port),
+            traffic: None,
+        }
+    }
+
+    fn security_group_view(&self, group: &SecurityGroup) -> SecurityGroupView {
+        let remotes = group.rules.iter().filter_map(|rule| match &rule.remote {
+            Remote::Group(id) => Some(id),
+            _ => None,
+        });
+        let remotes: std::collections::BTreeSet<_> = remotes.collect();
+        SecurityGroupView {
+            group: group.clone(),
+            remote_groups: self.named_groups(remotes.into_iter()),
+            ports: self.index.ports_in(group.id).count() as u64,
+        }
+    }
+
+    fn named_groups<'i>(&self, ids: impl Iterator<Item = &'i SecurityGroupId>) -> Vec<Named<SecurityGroupId>> {
+        let groups = ids.filter_map(|id| self.security_groups.get(id));
+        let named = groups.map(|group| Named {
+            id: group.id,
+            name: group.name.clone(),
+        });
+        named.collect()
     }
 
     /// Whether an actor has a role in a project: all for a cloud admin; those of its user, as far as its token reaches.

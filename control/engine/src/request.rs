@@ -12,7 +12,7 @@ use model::{
 use uuid::Uuid;
 
 use crate::{
-    abandon, addressing, cancel, create, hosts, lifecycle, migration, people, projects, templates,
+    abandon, addressing, cancel, create, groups, hosts, lifecycle, migration, people, ports, projects, templates,
     txn::{Txn, target},
     world::World,
 };
@@ -219,6 +219,11 @@ fn decide(txn: &mut Txn<'_>, request: &Request) -> Decision {
             hash,
             valid,
         } => people::open_session(txn, request, user, password, (*id, *hash, *valid)),
+        Command::CreateSecurityGroup { name } => groups::create(txn, request, name),
+        Command::DeleteSecurityGroup(group) => groups::delete(txn, request, group),
+        Command::AddSecurityRule { group, rule } => groups::add_rule(txn, request, group, rule),
+        Command::RemoveSecurityRule { group, number } => groups::remove_rule(txn, request, group, *number),
+        Command::SetPort { port, change } => ports::set(txn, request, port, change),
         Command::Note(_) => Ok(Outcome::Done),
     }
 }

@@ -410,7 +410,7 @@ pub(crate) fn imports_of(world: &World, host: HostId) -> Vec<Name> {
     let rows = rows.filter(|(_, row)| !matches!(&row.order, Order::Template(order) if order.operation == LATE));
     rows.filter_map(|((_, subject), _)| match subject {
         Subject::Template(id) => world.template(*id).map(|template| template.name.clone()),
-        Subject::Vm(_) => None,
+        Subject::Vm(_) | Subject::Port(_) => None,
     })
     .collect()
 }

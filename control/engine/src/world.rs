@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use model::{
     Change, Epoch, Host, HostId, Key, Name, Network, NetworkId, Notice, Operation, OperationId, Order, Pool, PoolId,
-    Port, PortId, Project, ProjectId, Row, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, User, UserId,
-    Vm, VmId, Volume, VolumeId,
+    Port, PortId, Project, ProjectId, Row, SecurityGroup, SecurityGroupId, Subnet, SubnetId, Template, TemplateId,
+    Timestamp, TokenId, User, UserId, Vm, VmId, Volume, VolumeId,
     access::{ApiToken, JoinToken},
     change::{Answer, OutboxRow},
     id::Sequence,
@@ -37,6 +37,7 @@ pub struct World {
     pub(crate) notices: BTreeMap<Sequence, Box<Notice>>,
     pub(crate) users: BTreeMap<UserId, Box<User>>,
     pub(crate) seeds: BTreeMap<VmId, Box<SeedRow>>,
+    pub(crate) security_groups: BTreeMap<SecurityGroupId, Box<SecurityGroup>>,
     pub(crate) index: Index,
     pub(crate) transient: Transient,
 }
@@ -96,6 +97,7 @@ impl PartialEq for World {
             && self.notices == other.notices
             && self.users == other.users
             && self.seeds == other.seeds
+            && self.security_groups == other.security_groups
     }
 }
 
@@ -169,6 +171,10 @@ impl World {
         for port in self.ports.values() {
             let subnet = self.subnets.contains_key(&port.subnet);
             need(subnet, Key::Port(port.id), format!("subnet {}", port.subnet))?;
+            for id in &port.spec.groups {
+                let group = self.security_groups.contains_key(id);
+                need(group, Key::Port(port.id), format!("security group {id}"))?;
+            }
         }
         for subnet in self.subnets.values() {
             let network = self.networks.contains_key(&subnet.network);
@@ -198,6 +204,7 @@ impl World {
             match &mut row.order {
                 Order::Vm(order) => order.epoch = epoch,
                 Order::Template(order) => order.epoch = epoch,
+                Order::Port(order) => order.epoch = epoch,
                 Order::Relay(_) => {}
             }
         }
@@ -357,6 +364,7 @@ impl World {
         rows.extend(self.notices.values().cloned().map(Row::Notice));
         rows.extend(self.users.values().cloned().map(Row::User));
         rows.extend(self.seeds.values().cloned().map(Row::Seed));
+        rows.extend(self.security_groups.values().cloned().map(Row::SecurityGroup));
         rows
     }
 
@@ -380,6 +388,7 @@ impl World {
             Key::Notice(sequence) => self.notices.contains_key(sequence),
             Key::User(id) => self.users.contains_key(id),
             Key::Seed(vm) => self.seeds.contains_key(vm),
+            Key::SecurityGroup(id) => self.security_groups.contains_key(id),
             Key::Audit(_) => false,
         }
     }
@@ -404,6 +413,7 @@ impl World {
             Row::Notice(row) => self.notices.get(&row.sequence) == Some(row),
             Row::User(row) => self.users.get(&row.id) == Some(row),
             Row::Seed(row) => self.seeds.get(&row.vm) == Some(row),
+            Row::SecurityGroup(row) => self.security_groups.get(&row.id) == Some(row),
             Row::Audit(_) => false,
         }
     }
@@ -430,6 +440,7 @@ impl World {
             Row::Notice(row) => drop(self.notices.insert(row.sequence, row)),
             Row::User(row) => drop(self.users.insert(row.id, row)),
             Row::Seed(row) => drop(self.seeds.insert(row.vm, row)),
+            Row::SecurityGroup(row) => drop(self.security_groups.insert(row.id, row)),
             // Written once and read from the store alone.
             Row::Audit(_) => {}
         }
@@ -455,6 +466,7 @@ impl World {
             Key::Notice(sequence) => self.notices.remove(sequence).map(Row::Notice),
             Key::User(id) => self.users.remove(id).map(Row::User),
             Key::Seed(vm) => self.seeds.remove(vm).map(Row::Seed),
+            Key::SecurityGroup(id) => self.security_groups.remove(id).map(Row::SecurityGroup),
             Key::Audit(_) => None,
         }?;
         self.index.touch(&row, false);

@@ -16,7 +16,7 @@ use engine::World;
 use model::{
     Code, Command, Event, Generation, HostId, Millis, Order, Receipt, Refusal, Report, Revision, Terms, VmId, VmState,
     host::Link,
-    order::{Happening, OffCause, TemplateReport, Verb, VmObserved, VmOrder, VmReport},
+    order::{Happening, OffCause, PortReport, TemplateReport, Verb, VmObserved, VmOrder, VmReport},
 };
 
 const HOSTS: u128 = 3;
@@ -216,6 +216,11 @@ impl Run {
                 template: order.template,
                 pool: order.pool,
                 content: None,
+                refused: None,
+            })),
+            Order::Port(order) => agent.reports.push_back(Report::Port(PortReport {
+                port: order.port.port,
+                revision: order.port.policy.revision,
                 refused: None,
             })),
             Order::Relay(_) => {}

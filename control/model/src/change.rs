@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     AuditEntry, AuditId, Host, HostId, Network, NetworkId, Notice, Operation, OperationId, Order, Pool, PoolId, Port,
-    PortId, Project, ProjectId, Subnet, SubnetId, Template, TemplateId, Timestamp, TokenId, User, UserId, Vm, VmId,
-    Volume, VolumeId,
+    PortId, Project, ProjectId, SecurityGroup, SecurityGroupId, Subnet, SubnetId, Template, TemplateId, Timestamp,
+    TokenId, User, UserId, Vm, VmId, Volume, VolumeId,
     access::{ApiToken, JoinToken},
     order::Subject,
     seed::SeedRow,
@@ -51,6 +51,8 @@ pub enum Row {
     Audit(Box<AuditEntry>),
     /// What a VM's guest is told at its first start.
     Seed(Box<SeedRow>),
+    /// A security group.
+    SecurityGroup(Box<SecurityGroup>),
 }
 
 /// The newest order about a subject that a host has not answered.
@@ -116,6 +118,8 @@ pub enum Key {
     Audit(AuditId),
     /// What a VM's guest is told.
     Seed(VmId),
+    /// A security group.
+    SecurityGroup(SecurityGroupId),
 }
 
 /// A change of the durable world.
@@ -150,6 +154,7 @@ impl Row {
             Self::User(row) => Key::User(row.id),
             Self::Audit(row) => Key::Audit(row.id),
             Self::Seed(row) => Key::Seed(row.vm),
+            Self::SecurityGroup(row) => Key::SecurityGroup(row.id),
         }
     }
 }

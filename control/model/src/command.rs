@@ -11,6 +11,7 @@ use crate::{
     audit::AuditNote,
     layout::Family,
     name::Reference,
+    policy::{Cidr, NewRule, RateLimit},
     seed::UserData,
     template::Content,
 };
@@ -192,6 +193,34 @@ pub enum Command {
         /// How long it is valid.
         valid: Millis,
     },
+    /// Make a security group, which allows its ports to begin what they like. Legal when its name is free.
+    CreateSecurityGroup {
+        /// Its name.
+        name: Name,
+    },
+    /// Delete a security group. Legal when no port is in it and no rule speaks of it.
+    DeleteSecurityGroup(Reference),
+    /// Add a rule to a group, at once for all its ports.
+    AddSecurityRule {
+        /// Which group.
+        group: Reference,
+        /// What it allows.
+        rule: NewRule,
+    },
+    /// Take a rule away, at once for all the group's ports.
+    RemoveSecurityRule {
+        /// Which group.
+        group: Reference,
+        /// The rule's number.
+        number: u32,
+    },
+    /// Change what a port lets through, at once.
+    SetPort {
+        /// Which: its id, or the VM that has no other.
+        port: Reference,
+        /// What becomes different.
+        change: Box<PortChange>,
+    },
     /// Write something into the audit log that no other command stands for. The controller's own.
     Note(AuditNote),
 }
@@ -228,7 +257,12 @@ impl Command {
             | Self::DeleteVm(_)
             | Self::CreateTemplate { .. }
             | Self::DeleteTemplate(_)
-            | Self::SetAddressing { .. } => Role::ProjectAdmin,
+            | Self::SetAddressing { .. }
+            | Self::CreateSecurityGroup { .. }
+            | Self::DeleteSecurityGroup(_)
+            | Self::AddSecurityRule { .. }
+            | Self::RemoveSecurityRule { .. }
+            | Self::SetPort { .. } => Role::ProjectAdmin,
             Self::AddJoinToken(_)
             | Self::JoinHost { .. }
             | Self::SetSchedulable { .. }
@@ -293,6 +327,11 @@ impl Command {
             Self::CreateToken(_) => "token.create",
             Self::RevokeToken(_) => "token.revoke",
             Self::OpenSession { .. } => "session.login",
+            Self::CreateSecurityGroup { .. } => "security-group.create",
+            Self::DeleteSecurityGroup(_) => "security-group.delete",
+            Self::AddSecurityRule { .. } => "security-group.add-rule",
+            Self::RemoveSecurityRule { .. } => "security-group.remove-rule",
+            Self::SetPort { .. } => "port.set",
             Self::Note(note) => note.action,
         }
     }
@@ -320,7 +359,11 @@ impl Command {
             | Self::SetPassword { user: of, .. }
             | Self::SetUserDisabled { user: of, .. }
             | Self::DeleteUser(of)
-            | Self::OpenSession { user: of, .. } => of.to_string(),
+            | Self::OpenSession { user: of, .. }
+            | Self::DeleteSecurityGroup(of)
+            | Self::AddSecurityRule { group: of, .. }
+            | Self::SetPort { port: of, .. } => of.to_string(),
+            Self::RemoveSecurityRule { group, number } => format!("{group} {number}"),
             Self::Grant { user, role } => format!("{user} {role}"),
             Self::Revoke {
                 user,
@@ -332,7 +375,8 @@ impl Command {
             Self::JoinHost { name, .. }
             | Self::CreateTemplate { name, .. }
             | Self::CreateProject { name, .. }
-            | Self::CreateUser { name, .. } => name.to_string(),
+            | Self::CreateUser { name, .. }
+            | Self::CreateSecurityGroup { name } => name.to_string(),
             Self::CreateToken(token) => format!("{} {} {}", token.name, token.role, token.id),
             Self::RevokeToken(id) => id.to_string(),
             Self::Note(note) => note.target.clone(),
@@ -381,6 +425,38 @@ pub struct CreateVm {
     /// What cloud-init does at the guest's first start, at most 64 KiB. A secret: it is never told again.
     #[serde(default)]
     pub user_data: Option<UserData>,
+    /// Security groups of its port; none: it is not filtered.
+    #[serde(default)]
+    pub security_groups: Vec<Reference>,
+    /// Addresses beyond its own from which its guest may send: for routers and shared addresses.
+    #[serde(default)]
+    pub allow_addresses: Vec<Cidr>,
+}
+
+/// What becomes different at a port; what is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PortChange {
+    /// Whether its link is held down.
+    pub link_down: Option<bool>,
+    /// Its security groups, in place of those that it has.
+    pub security_groups: Option<Vec<Reference>>,
+    /// Addresses beyond its own from which its guest may send, in place of those.
+    pub allow_addresses: Option<Vec<Cidr>>,
+    /// How much its guest may be sent.
+    pub to_guest: Option<LimitChange>,
+    /// How much its guest may send.
+    pub from_guest: Option<LimitChange>,
+}
+
+/// A limit, or that there is none from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LimitChange {
+    /// Nothing is held back.
+    None,
+    /// Not more than this.
+    Limit(RateLimit),
 }
 
 const fn one() -> u16 {

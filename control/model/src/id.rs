@@ -78,6 +78,8 @@ ids! {
     UserId,
     /// An entry of the audit log. Begins with its time: the order of ids is the order of entries.
     AuditId,
+    /// Rules that ports share.
+    SecurityGroupId,
 }
 
 macro_rules! numbers {

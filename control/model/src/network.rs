@@ -11,7 +11,8 @@ use thiserror::Error;
 use utoipa::ToSchema;
 
 use crate::{
-    Generation, HostId, Name, NetworkId, PortId, ProjectId, SubnetId, Timestamp, VmId, addressing::Addressing,
+    Generation, HostId, Name, NetworkId, PortId, PortSpec, ProjectId, Revision, SubnetId, Timestamp, VmId,
+    addressing::Addressing,
 };
 
 /// A layer-2 segment that spans the hosts.
@@ -92,6 +93,12 @@ pub struct Port {
     /// Until when its address rests after release: others may still have it in their tables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rests_until: Option<Timestamp>,
+    /// What people asked of it.
+    #[serde(default)]
+    pub spec: Box<PortSpec>,
+    /// The revision of that which its host has said is in force.
+    #[serde(default)]
+    pub applied: Revision,
 }
 
 /// An Ethernet address.

@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Epoch, Generation, HostFacts, HostId, Mac, Message, Millis, Name, OperationId, PoolId, PortId, Receipt, Refusal,
-    Revision, TemplateId, Terms, VmId, VolumeId,
+    Epoch, Generation, HostFacts, HostId, Mac, Message, Millis, Name, OperationId, PoolId, PortId, PortPolicy, Receipt,
+    Refusal, Revision, TemplateId, Terms, VmId, VolumeId,
     addressing::Addressing,
     layout::Layout,
     operation::Progress,
@@ -23,6 +23,8 @@ pub enum Order {
     Vm(Box<VmOrder>),
     /// About a template.
     Template(TemplateOrder),
+    /// What a port lets through from now on.
+    Port(Box<PortOrder>),
     /// A word of the other agent about a hand-over, where their own connection is cut.
     Relay(Relay),
 }
@@ -199,6 +201,31 @@ pub struct PortUse {
     /// What its guest is told beside its addresses, and how.
     #[serde(default)]
     pub addressing: Addressing,
+    /// What it lets through.
+    #[serde(default, skip_serializing_if = "PortPolicy::is_plain")]
+    pub policy: PortPolicy,
+}
+
+/// What a port of a VM that is on a host, or on its way to it, lets through. The newest revision counts, in whatever order they come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortOrder {
+    /// Which leader says so.
+    pub epoch: Epoch,
+    /// The VM.
+    pub vm: VmId,
+    /// The port, with its policy.
+    pub port: PortUse,
+}
+
+/// What became of an order about a port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortReport {
+    /// The port.
+    pub port: PortId,
+    /// The policy's revision.
+    pub revision: Revision,
+    /// `None` when it is in force, or will be as soon as the port is there.
+    pub refused: Option<Refusal>,
 }
 
 /// What a host is told to do with a template.
@@ -273,6 +300,8 @@ pub enum Report {
     Vm(Box<VmReport>),
     /// A template's blobs are there, gone, or refused.
     Template(TemplateReport),
+    /// A port's policy is in force, or refused.
+    Port(PortReport),
     /// How far an operation is. Telemetry: not stored, not resent.
     Progress {
         /// The operation.
@@ -421,6 +450,7 @@ impl Order {
         match self {
             Self::Vm(order) => Subject::Vm(order.vm),
             Self::Template(order) => Subject::Template(order.template),
+            Self::Port(order) => Subject::Port(order.port.port),
             Self::Relay(relay) => Subject::Vm(relay.vm),
         }
     }
@@ -434,4 +464,6 @@ pub enum Subject {
     Vm(VmId),
     /// A template.
     Template(TemplateId),
+    /// A port.
+    Port(PortId),
 }

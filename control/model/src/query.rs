@@ -5,9 +5,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
-    Host, HostId, Name, Network, Operation, OperationId, Pool, Port, Project, ProjectId, Revision, Role, Subnet,
-    Template, TemplateId, Timestamp, TokenId, UserId, VmId, VmSpec, VmStatus, Volume, access::TokenKind,
-    layout::Layout, name::Reference, operation::Progress,
+    Host, HostId, Name, Network, Operation, OperationId, Pool, Port, Project, ProjectId, Revision, Role, SecurityGroup,
+    SecurityGroupId, Subnet, Template, TemplateId, Timestamp, TokenId, UserId, VmId, VmSpec, VmStatus, Volume,
+    access::TokenKind, layout::Layout, name::Reference, operation::Progress, policy::Traffic,
 };
 
 /// A read of the committed world, within the actor's project.
@@ -47,6 +47,14 @@ pub enum Query {
     Tokens(Page),
     /// The token that the actor showed.
     OwnToken,
+    /// A page of the project's ports.
+    Ports(Page),
+    /// One of them: its id, or the VM that has no other.
+    Port(Reference),
+    /// A page of the project's security groups.
+    SecurityGroups(Page),
+    /// One of them.
+    SecurityGroup(Reference),
 }
 
 impl Query {
@@ -111,6 +119,14 @@ pub enum View {
     Tokens(Listing<TokenView>),
     /// A token.
     Token(Box<TokenView>),
+    /// Ports.
+    Ports(Listing<PortView>),
+    /// A port.
+    Port(Box<PortView>),
+    /// Security groups.
+    SecurityGroups(Listing<SecurityGroupView>),
+    /// A security group.
+    SecurityGroup(Box<SecurityGroupView>),
 }
 
 /// Part of a list.
@@ -269,4 +285,36 @@ pub struct TokenView {
     pub created_at: Option<Timestamp>,
     /// When it stops being valid; `None` never.
     pub expires_at: Option<Timestamp>,
+}
+
+/// A port with what it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortView {
+    /// The port.
+    #[serde(flatten)]
+    pub port: Port,
+    /// Its VM.
+    pub vm_name: Option<Name>,
+    /// Its network's name.
+    pub network_name: Option<Name>,
+    /// The name of the host on which its frames are let through.
+    pub host_name: Option<Name>,
+    /// Its security groups.
+    pub security_groups: Vec<Named<SecurityGroupId>>,
+    /// Whether what was asked of it is in force on its host, or its VM is off.
+    pub in_force: bool,
+    /// What went through it, as its host told last; `None` where nothing is known.
+    pub traffic: Option<Traffic>,
+}
+
+/// A security group with who uses it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SecurityGroupView {
+    /// The group.
+    #[serde(flatten)]
+    pub group: SecurityGroup,
+    /// Names of the groups that its rules speak of.
+    pub remote_groups: Vec<Named<SecurityGroupId>>,
+    /// How many ports are in it.
+    pub ports: u64,
 }

@@ -11,7 +11,7 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 pub(crate) const BODY_VERSION: i64 = 1;
 
 /// The n-th leads from schema n to schema n + 1.
-const MIGRATIONS: [&str; 3] = [V1, V2, V3];
+const MIGRATIONS: [&str; 4] = [V1, V2, V3, V4];
 
 /// Why the schema could not be brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -214,5 +214,17 @@ CREATE TABLE vm_seed (
     vm_id TEXT PRIMARY KEY REFERENCES vm (id) DEFERRABLE INITIALLY DEFERRED,
     body_version BIGINT NOT NULL,
     body TEXT NOT NULL
+);
+";
+
+/// Security groups.
+const V4: &str = "
+CREATE TABLE security_group (
+    id TEXT PRIMARY KEY,
+    project_id TEXT NOT NULL REFERENCES project (id) DEFERRABLE INITIALLY DEFERRED,
+    name TEXT NOT NULL,
+    body_version BIGINT NOT NULL,
+    body TEXT NOT NULL,
+    UNIQUE (project_id, name)
 );
 ";

@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use model::{
-    AuditEntry, Change, Key, Notice, Operation, Order, Row, User,
+    AuditEntry, Change, Key, Notice, Operation, Order, Row, SecurityGroup, User,
     change::{Answer, OutboxRow},
     order::Subject,
     seed::SeedRow,
@@ -44,6 +44,7 @@ pub(crate) enum Table {
     User,
     Audit,
     Seed,
+    SecurityGroup,
 }
 
 struct Definition {
@@ -79,7 +80,7 @@ pub enum EncodeError {
 }
 
 impl Table {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::Project,
         Self::Host,
         Self::Pool,
@@ -98,6 +99,7 @@ impl Table {
         Self::User,
         Self::Audit,
         Self::Seed,
+        Self::SecurityGroup,
     ];
 
     // tidy: long because it is the list of all tables.
@@ -180,6 +182,7 @@ impl Table {
             // What was written stays as it was written.
             Self::Audit => ("audit_entry", id, &["project_id", "subject"], Never),
             Self::Seed => ("vm_seed", &["vm_id"], &[], Always),
+            Self::SecurityGroup => ("security_group", id, &["project_id", "name"], Always),
         };
         Definition {
             name,
@@ -231,6 +234,7 @@ impl Table {
             Self::Outbox => Some("SELECT body_version, body FROM outbox ORDER BY host_id, subject"),
             Self::User => Some("SELECT body_version, body FROM cell_user ORDER BY id"),
             Self::Seed => Some("SELECT body_version, body FROM vm_seed ORDER BY vm_id"),
+            Self::SecurityGroup => Some("SELECT body_version, body FROM security_group ORDER BY id"),
             Self::Answer | Self::Notice | Self::Audit => None,
         }
     }
@@ -259,6 +263,7 @@ impl Table {
             Self::User => Row::User(read(body)?),
             Self::Audit => Row::Audit(read(body)?),
             Self::Seed => Row::Seed(read(body)?),
+            Self::SecurityGroup => Row::SecurityGroup(read(body)?),
         })
     }
 }
@@ -341,6 +346,7 @@ fn key_values(key: &Key) -> Result<(Table, Vec<Value>), EncodeError> {
         Key::User(id) => (Table::User, vec![text(id)]),
         Key::Audit(id) => (Table::Audit, vec![text(id)]),
         Key::Seed(vm) => (Table::Seed, vec![text(vm)]),
+        Key::SecurityGroup(id) => (Table::SecurityGroup, vec![text(id)]),
     })
 }
 
@@ -354,6 +360,7 @@ pub(crate) fn record(row: &Row) -> Result<Record, EncodeError> {
 }
 
 /// Pushes the columns after the key and returns the body.
+// tidy: long because it is the list of all tables.
 fn columns(row: &Row, to: &mut Vec<Value>) -> Result<String, EncodeError> {
     match row {
         Row::Project(row) => {
@@ -424,6 +431,10 @@ fn columns(row: &Row, to: &mut Vec<Value>) -> Result<String, EncodeError> {
             json::<AuditEntry>(row)
         }
         Row::Seed(row) => json::<SeedRow>(row),
+        Row::SecurityGroup(row) => {
+            to.extend([text(row.project), text(row.name.as_str())]);
+            json::<SecurityGroup>(row)
+        }
     }
 }
 
@@ -461,6 +472,7 @@ fn port_columns(row: &model::Port, to: &mut Vec<Value>) -> Result<String, Encode
 fn outbox_revision(order: &Order) -> u64 {
     match order {
         Order::Vm(order) => order.revision.0,
+        Order::Port(order) => order.port.policy.revision.0,
         Order::Template(_) | Order::Relay(_) => 0,
     }
 }
@@ -469,6 +481,7 @@ fn subject_text(subject: Subject) -> Value {
     Value::Text(match subject {
         Subject::Vm(id) => format!("vm/{id}"),
         Subject::Template(id) => format!("template/{id}"),
+        Subject::Port(id) => format!("port/{id}"),
     })
 }
 

@@ -32,6 +32,7 @@ mod openapi;
 mod operations;
 mod outcome;
 mod people;
+mod ports;
 mod projects;
 mod system;
 mod templates;

@@ -9,8 +9,8 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    App, addressing, audit, blobs, events, hosts, inventory, metrics, operations, people, projects, system, templates,
-    tokens, vms,
+    App, addressing, audit, blobs, events, hosts, inventory, metrics, operations, people, ports, projects, system,
+    templates, tokens, vms,
 };
 
 #[derive(OpenApi)]
@@ -68,6 +68,12 @@ pub(crate) fn endpoints() -> OpenApiRouter<App> {
         .routes(routes!(addressing::set))
         .routes(routes!(inventory::pools))
         .routes(routes!(inventory::volumes))
+        .routes(routes!(ports::list))
+        .routes(routes!(ports::show, ports::change))
+        .routes(routes!(ports::groups, ports::create_group))
+        .routes(routes!(ports::show_group, ports::delete_group))
+        .routes(routes!(ports::add_rule))
+        .routes(routes!(ports::remove_rule))
         .routes(routes!(people::login))
         .routes(routes!(people::logout))
         .routes(routes!(people::whoami))

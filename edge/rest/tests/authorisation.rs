@@ -16,8 +16,8 @@ use axum::{
 };
 use controller::{Memory, Storage};
 use model::{
-    Change, Millis, Operation, OperationId, OperationKind, OperationState, ProjectId, Row, Template, TemplateId,
-    Timestamp, TokenId, Vm, VmId, VmSpec, VmState, VmStatus,
+    Change, Millis, Operation, OperationId, OperationKind, OperationState, ProjectId, Row, SecurityGroup,
+    SecurityGroupId, Template, TemplateId, Timestamp, TokenId, Vm, VmId, VmSpec, VmState, VmStatus,
     host::Accelerator,
     id::{Generation, Revision},
     layout::{Family, Layout},
@@ -85,6 +85,10 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
     ),
     ("get", "/v1/networks", From(0), Cell, ""),
     ("get", "/v1/volumes", From(0), Cell, ""),
+    ("get", "/v1/ports", From(0), Cell, ""),
+    ("get", "/v1/ports/{port}", From(0), OfProject, ""),
+    ("get", "/v1/security-groups", From(0), Cell, ""),
+    ("get", "/v1/security-groups/{group}", From(0), OfProject, ""),
     ("head", "/v1/blobs/{sha256}?size_bytes=1", From(0), Cell, ""),
     ("get", "/v1/projects", From(0), Cell, ""),
     ("get", "/v1/projects/{project}", From(0), OfProject, ""),
@@ -114,6 +118,22 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
         From(2),
         Cell,
         r#"{"method":"dhcp"}"#,
+    ),
+    ("patch", "/v1/ports/{port}", From(2), OfProject, r#"{"link_down":true}"#),
+    ("post", "/v1/security-groups", From(2), Cell, r#"{"name":"new"}"#),
+    (
+        "post",
+        "/v1/security-groups/{group}/rules",
+        From(2),
+        OfProject,
+        r#"{"direction":"ingress"}"#,
+    ),
+    (
+        "delete",
+        "/v1/security-groups/{group}/rules/{number}",
+        From(2),
+        OfProject,
+        "",
     ),
     ("get", "/v1/users", From(2), Cell, ""),
     ("post", "/v1/users/{user}/grant", From(2), Cell, r#"{"role":"viewer"}"#),
@@ -154,6 +174,7 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
     ),
     ("delete", "/v1/hosts/{host}", From(3), Cell, ""),
     ("delete", "/v1/tokens/{token}", From(2), OfProject, ""),
+    ("delete", "/v1/security-groups/{group}", From(2), OfProject, ""),
     ("delete", "/v1/vms/{vm}", From(2), OfProject, ""),
     ("delete", "/v1/templates/{template}", From(2), OfProject, ""),
     ("post", "/v1/logout", From(0), Cell, ""),
@@ -163,6 +184,7 @@ const TABLE: &[(&str, &str, Who, Thing, &str)] = &[
 const VM_ID: u128 = 0x0197_b2a0_0000_7000_8000_0000_0000_0001;
 const TEMPLATE_ID: u128 = VM_ID + 1;
 const OPERATION_ID: u128 = VM_ID + 2;
+const GROUP_ID: u128 = VM_ID + 3;
 
 fn name(text: &str) -> model::Name {
     text.parse().unwrap()
@@ -180,6 +202,13 @@ fn things(project: ProjectId) -> Vec<Change> {
         seed: Seed::None,
     };
     let rows = [
+        Row::SecurityGroup(Box::new(SecurityGroup {
+            id: SecurityGroupId(Uuid::from_u128(GROUP_ID)),
+            project,
+            name: name("web"),
+            rules: vec![],
+            next_rule: 2,
+        })),
         Row::Template(Box::new(Template {
             id: template,
             project,
@@ -312,6 +341,10 @@ impl Setup {
         path.replace("{vm}", &id(VM_ID))
             .replace("{template}", &id(TEMPLATE_ID))
             .replace("{operation}", &id(OPERATION_ID))
+            // A port can be named by its VM.
+            .replace("{port}", &id(VM_ID))
+            .replace("{group}", &id(GROUP_ID))
+            .replace("{number}", "1")
             .replace("{project}", &self.project)
             .replace("{user}", &self.user)
             .replace("{token}", &self.victim)

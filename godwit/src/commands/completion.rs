@@ -96,6 +96,11 @@ pub(crate) fn networks(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/networks", |item| item["name"].as_str())
 }
 
+/// Names of security groups.
+pub(crate) fn security_groups(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, "/v1/security-groups", |item| item["name"].as_str())
+}
+
 /// Names of pools.
 pub(crate) fn pools(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, "/v1/pools", |item| item["name"].as_str())

@@ -14,7 +14,9 @@ pub(crate) mod network;
 pub(crate) mod op;
 pub(crate) mod plan;
 pub(crate) mod pool;
+pub(crate) mod port;
 pub(crate) mod project;
+pub(crate) mod security_group;
 pub(crate) mod template;
 pub(crate) mod token;
 pub(crate) mod top;
@@ -140,6 +142,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Op(op) => op.run(&session()?).await,
         Command::Events(events) => events.run(&session()?).await,
         Command::Network(network) => network.run(&session()?).await,
+        Command::Port(port) => port.run(&session()?).await,
+        Command::SecurityGroup(group) => group.run(&session()?).await,
         Command::Pool(pool) => pool.run(&session()?).await,
         Command::Top(top) => top.run(&session()?).await,
         Command::Doctor(doctor) => doctor.run(common).await,

@@ -123,6 +123,12 @@ pub(crate) struct Create {
     /// Its pool; without it one is chosen
     #[arg(long, add = ArgValueCompleter::new(completion::pools))]
     pool: Option<Reference>,
+    /// Security group of its port, give it again for more; without one it is not filtered
+    #[arg(long = "security-group", value_name = "GROUP", add = ArgValueCompleter::new(completion::security_groups))]
+    security_groups: Vec<Reference>,
+    /// Addresses beyond its own from which its guest may send, give it again for more; for routers and shared addresses
+    #[arg(long = "allow-address", value_name = "CIDR")]
+    allow_addresses: Vec<model::policy::Cidr>,
     #[command(flatten)]
     guest: Guest,
     /// Make it, and leave it off
@@ -192,6 +198,8 @@ impl Create {
             hostname: guest.hostname,
             ssh_keys: guest.ssh_keys,
             user_data: guest.user_data,
+            security_groups: self.security_groups,
+            allow_addresses: self.allow_addresses,
         };
         if self.dry_run {
             let answer = session.client.post("/v1/vms?dry_run=true", &wanted).await?;

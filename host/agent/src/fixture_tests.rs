@@ -89,6 +89,7 @@ impl Cell {
             qemu: qemu::Qemu::new(program, capabilities),
             network: network::Network::open().unwrap(),
             desks: crate::desks::Common::new().unwrap(),
+            policies: crate::policies::Policies::open(config.state_dir.join("ports")).unwrap(),
             pools: BTreeMap::new(),
             identity: self.identity(n),
             journal: journal::Journal::open(&config.journal_path(), boot).unwrap(),

@@ -26,7 +26,9 @@ mod join;
 mod journal;
 mod leave;
 mod peers;
+mod policies;
 mod ports;
+mod portstate;
 mod reports;
 mod room;
 mod runner;
@@ -92,6 +94,11 @@ pub enum StartError {
     /// The kernel gives no random bytes.
     #[error("cannot read /dev/urandom")]
     Random(#[source] io::Error),
+    /// No rules for what guests send.
+    #[error(
+        "what guests send cannot be judged on this host, so none is run; install nftables and let the agent run as root"
+    )]
+    Policies(#[from] network::NftError),
     /// No bridge.
     #[error("the bridge of VMs cannot be set up")]
     Bridge(#[from] network::BridgeError),
@@ -144,6 +151,7 @@ impl Agent {
         let network = network::Network::open()?;
         network.ensure_answers().map_err(StartError::Answers)?;
         let desks = desks::Common::new().map_err(StartError::Random)?;
+        network.ensure_policies()?;
         network.ensure_bridge(&BridgeSpec {
             name: config.bridge.clone(),
             mtu: config.mtu,
@@ -151,6 +159,8 @@ impl Agent {
             gateway: config.gateway,
         })?;
         let pools = open_pools(&config)?;
+        let path = config.state_dir.join("ports");
+        let policies = policies::Policies::open(path.clone()).map_err(|source| StartError::Path { path, source })?;
         let program = qemu::Program::locate(Some(&config.qemu));
         let capabilities = qemu::discover(&program).await?;
         // Beside the probe: guests that wait for this agent wait no longer for a controller that does not answer.
@@ -176,6 +186,7 @@ impl Agent {
             qemu,
             network,
             desks,
+            policies,
             pools,
             identity,
             journal,
@@ -210,6 +221,7 @@ impl Agent {
             join::keep_fresh(Arc::clone(&self.shared)),
             Arc::clone(&self.shared).sync_journal(),
             telemetry::keep_telling(Arc::clone(&self.shared)),
+            Arc::clone(&self.shared).tell_traffic(),
         );
     }
 }

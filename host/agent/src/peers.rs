@@ -26,9 +26,12 @@ use tokio::{
     sync::{Semaphore, mpsc},
     time::timeout,
 };
-use wire::{Decoder, Missed, Peer, peer::FRAME_BYTES_MAX};
+use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
 
-use crate::{shared::Shared, standstill};
+use crate::{
+    shared::Shared,
+    standstill::{self, Portion},
+};
 
 /// Words waiting on one connection. More means that it is stuck; they are repeated anyway.
 const WAITING_MAX: usize = 64;
@@ -70,7 +73,8 @@ pub(crate) struct Peers {
 #[derive(Clone, Debug)]
 struct Link {
     words: mpsc::Sender<Relay>,
-    missed: mpsc::Sender<Missed>,
+    /// What goes after a guest.
+    portions: mpsc::Sender<Portion>,
     /// Whether the other side has answered. Until then a word may wait here for a host that is not there any more.
     up: Arc<AtomicBool>,
 }
@@ -78,20 +82,20 @@ struct Link {
 impl Link {
     fn new(up: bool) -> (Self, Queues) {
         let (words, queue) = mpsc::channel(WAITING_MAX);
-        let (missed, portions) = mpsc::channel(PORTIONS_SENT_MAX);
+        let (portions, sent) = mpsc::channel(PORTIONS_SENT_MAX);
         let up = Arc::new(AtomicBool::new(up));
         let queues = Queues {
             words: queue,
-            missed: portions,
+            portions: sent,
         };
-        (Self { words, missed, up }, queues)
+        (Self { words, portions, up }, queues)
     }
 }
 
 /// What waits to be sent on a connection.
 struct Queues {
     words: mpsc::Receiver<Relay>,
-    missed: mpsc::Receiver<Missed>,
+    portions: mpsc::Receiver<Portion>,
 }
 
 impl Peers {
@@ -108,12 +112,12 @@ impl Peers {
         }
     }
 
-    /// Hands over a portion of what a guest missed, as soon as there is room for it; whether there is a connection that may carry it.
-    pub(crate) async fn hand_over(&self, host: HostId, missed: Missed) -> bool {
-        let Some(queue) = self.lock().get(&host).map(|link| link.missed.clone()) else {
+    /// Hands over a portion of what goes after a guest, as soon as there is room for it; whether there is a connection that may carry it.
+    pub(crate) async fn hand_over(&self, host: HostId, portion: Portion) -> bool {
+        let Some(queue) = self.lock().get(&host).map(|link| link.portions.clone()) else {
             return false;
         };
-        matches!(timeout(LOST_AFTER, queue.send(missed)).await, Ok(Ok(())))
+        matches!(timeout(LOST_AFTER, queue.send(portion)).await, Ok(Ok(())))
     }
 
     /// Makes sure that there is a connection to a host, or that one is being made.
@@ -257,10 +261,9 @@ async fn hear_all<S: AsyncRead + Unpin>(
         {
             // Whoever speaks may speak only for the host in its certificate.
             Some(Peer::Word(word)) if word.from == host && word.to == shared.host() => shared.hear(word),
-            Some(Peer::Missed(missed)) => {
-                // Words do not wait for guests: what comes faster than it can be given is lost, as on any network.
-                let _ = given.try_send(missed);
-            }
+            // Words do not wait for guests: what comes faster than it can be given is lost, as on any network.
+            Some(Peer::Missed(missed)) => drop(given.try_send(Portion::Frames(missed))),
+            Some(Peer::Port(state)) => drop(given.try_send(Portion::Port(state))),
             Some(_) => {}
             None => return Ok(()),
         }
@@ -278,7 +281,10 @@ async fn say_all<S: AsyncWrite + Unpin>(mut to: S, mut queues: Queues) -> Result
                 None => return Ok(()),
             },
             _ = beat.tick() => Peer::Heartbeat,
-            Some(missed) = queues.missed.recv() => Peer::Missed(missed),
+            Some(portion) = queues.portions.recv() => match portion {
+                Portion::Frames(missed) => Peer::Missed(missed),
+                Portion::Port(state) => Peer::Port(state),
+            },
         };
         put(&mut to, &frame).await?;
     }

@@ -172,6 +172,7 @@ mod tests {
             mtu: 1500,
             v6: None,
             addressing: model::addressing::Addressing::default(),
+            policy: model::PortPolicy::default(),
         };
         (network, tap, used)
     }

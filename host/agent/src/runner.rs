@@ -10,6 +10,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     io,
     net::SocketAddr,
+    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -35,6 +36,7 @@ use crate::{
     desks::{self, Desks},
     journal,
     ports::{self, Found, Ports},
+    portstate::To,
     seeds,
     shared::{Shared, Shown, lock},
     standstill::{Move, Standstill},
@@ -394,6 +396,7 @@ impl Runner {
                 if let Err(error) = self.shared.network.remove(port.port) {
                     tracing::warn!(vm = %self.vm, error = &error as &dyn std::error::Error, "a tap was not removed");
                 }
+                self.shared.policies.forget(Arc::clone(&self.shared.network), port.port);
             }
         }
         if let Err(error) = qemu::clear(&self.shared.config.vm_run_dir(self.vm)) {
@@ -445,7 +448,8 @@ impl Runner {
         match wish {
             Missed::Keep => {
                 if let Some(definition) = &self.task.saved().definition {
-                    self.standstill.keep(&self.shared, &self.ports, definition);
+                    let to = To::of(self.task.saved());
+                    self.standstill.keep(&self.shared, &self.ports, definition, to);
                 }
             }
             Missed::HandOver {
@@ -552,6 +556,16 @@ async fn prepare(shared: &Arc<Shared>, definition: Box<Definition>, mode: Mode) 
         .map_err(|_| Refusal::new(Code::HostFailed, format!("VM {vm}: preparing it broke off")))?
 }
 
+/// A port's tap, blocked, and judged from its first frame on.
+fn attach(shared: &Shared, vm: VmId, port: &PortUse) -> Result<(OwnedFd, Port), Refusal> {
+    let failed = |what: &str, why: String| Refusal::new(Code::HostFailed, format!("VM {vm}: {what}: {why}"));
+    let tap = new_tap(shared, port).map_err(|why| failed("its network port was not made", why))?;
+    // Before it can be opened: nothing is ever let through that was not judged.
+    let judged = shared.policies.prepare(&shared.network, port);
+    judged.map_err(|error| failed("the rules of its network port were not set", chain(&error)))?;
+    Ok((tap.fd, tap.port))
+}
+
 fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Prepared, Refusal> {
     let vm = definition.vm;
     let uid = uid_of(vm);
@@ -602,12 +616,9 @@ fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Pre
         });
     }
     given.seed = seeds::disk(shared, &definition, mode)?;
-    let mut ports = vec![];
-    for port in &definition.ports {
-        let tap = new_tap(shared, port).map_err(|why| failed("its network port was not made", why))?;
-        given.taps.push(tap.fd);
-        ports.push(tap.port);
-    }
+    let ports = definition.ports.iter().map(|port| attach(shared, vm, port));
+    let (taps, ports) = ports.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+    given.taps = taps;
     let run_dir = shared.config.vm_run_dir(vm);
     let launch = Launch {
         definition: *definition,

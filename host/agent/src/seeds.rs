@@ -209,6 +209,7 @@ mod tests {
                 mtu: 1450,
                 v6: None,
                 addressing: model::addressing::Addressing::default(),
+                policy: model::PortPolicy::default(),
             }],
         }
     }

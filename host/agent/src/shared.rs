@@ -12,14 +12,17 @@ use std::{
 use bytes::Bytes;
 use identity::NodeIdentity;
 use model::{
-    BootId, Epoch, HostId, Name, Order, PoolId, Telemetry, VmId,
+    BootId, Epoch, HostId, Name, Order, PoolId, Report, Telemetry, VmId,
     operation::Progress,
-    order::{Relay, VmObserved},
+    order::{PortOrder, PortReport, Relay, VmObserved},
 };
 use network::{InterfaceName, Network};
 use task::{Input, Peer, Saved, Task};
 use tokio::sync::{Notify, broadcast, mpsc};
-use wire::{Up, session::FRAME_BYTES_MAX};
+use wire::{
+    Up,
+    session::{FRAME_BYTES_MAX, PORTS_MAX},
+};
 
 use crate::{
     AgentConfig, Membership,
@@ -27,6 +30,7 @@ use crate::{
     desks,
     journal::{self, Journal, JournalError},
     peers::Peers,
+    policies::Policies,
     reports::Reports,
     room::{Room, RoomError},
     runner::{self, Fed},
@@ -38,6 +42,9 @@ use crate::{
 
 /// Inputs waiting for one VM. A VM that does not take them is stuck; orders and words come again.
 const INPUTS_MAX: usize = 256;
+
+/// Between two words on what went through the ports.
+const TRAFFIC_EVERY: Duration = Duration::from_secs(5);
 
 /// A storage pool of this host.
 pub(crate) struct NamedPool {
@@ -71,9 +78,11 @@ pub(crate) struct Shared {
     pub(crate) qemu: qemu::Qemu,
     /// What tunnels are started from.
     pub(crate) tunnels: tunnel::Program,
-    pub(crate) network: Network,
     /// What all desks share.
     pub(crate) desks: desks::Common,
+    pub(crate) network: Arc<Network>,
+    /// What ports let through.
+    pub(crate) policies: Arc<Policies>,
     pub(crate) bridge: InterfaceName,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) reports: Reports,
@@ -112,6 +121,7 @@ pub(crate) struct Parts {
     pub(crate) qemu: qemu::Qemu,
     pub(crate) network: Network,
     pub(crate) desks: desks::Common,
+    pub(crate) policies: Policies,
     pub(crate) pools: BTreeMap<PoolId, Arc<NamedPool>>,
     pub(crate) identity: NodeIdentity,
     pub(crate) journal: Journal,
@@ -134,8 +144,9 @@ impl Shared {
             peer_port: parts.peer_port,
             qemu: parts.qemu,
             tunnels: parts.tunnels,
-            network: parts.network,
             desks: parts.desks,
+            network: Arc::new(parts.network),
+            policies: Arc::new(parts.policies),
             pools: parts.pools,
             reports: Reports::default(),
             peers: Arc::default(),
@@ -223,6 +234,33 @@ impl Shared {
         watched.collect()
     }
 
+    /// Tells now and then what went through the ports, as long as the agent lives.
+    pub(crate) async fn tell_traffic(self: Arc<Self>) {
+        let mut every = tokio::time::interval(TRAFFIC_EVERY);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            every.tick().await;
+            let Some(up) = lock(&self.progress).clone() else {
+                continue;
+            };
+            let shared = Arc::clone(&self);
+            let told = tokio::task::spawn_blocking(move || shared.policies.traffic(&shared.network)).await;
+            match told {
+                Ok(Ok(ports)) => {
+                    for ports in ports.chunks(PORTS_MAX) {
+                        if let Ok(frame) = wire::encode(&Up::Ports { ports: ports.to_vec() }, FRAME_BYTES_MAX) {
+                            // Telemetry: a full channel drops it.
+                            let _ = up.try_send(frame);
+                        }
+                    }
+                }
+                Ok(Err(why)) => tracing::warn!(why, "what went through the ports cannot be read"),
+                // The agent ends.
+                Err(_) => return,
+            }
+        }
+    }
+
     /// Writes a VM's state to the journal; it is in the kernel on return, and on the disk soon.
     pub(crate) fn save(&self, saved: &Saved) -> Result<(), JournalError> {
         lock(&self.journal).append(saved)?;
@@ -270,9 +308,27 @@ impl Shared {
                 let shared = Arc::clone(shared);
                 tokio::spawn(async move { template::carry_out(&shared, order).await });
             }
+            Order::Port(order) => shared.order_port(order),
             Order::Relay(word) if word.to == shared.host() => shared.hear(word),
             Order::Relay(_) => {}
         }
+    }
+
+    /// Sets what a port lets through, aside, and tells when it is in force.
+    fn order_port(self: &Arc<Self>, order: Box<PortOrder>) {
+        if order.epoch < self.epoch() {
+            return;
+        }
+        self.epoch.fetch_max(order.epoch.0, Ordering::Relaxed);
+        let shared = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let refused = shared.policies.order(&shared.network, &order.port).err();
+            shared.reports.push(Report::Port(PortReport {
+                port: order.port.port,
+                revision: order.port.policy.revision,
+                refused,
+            }));
+        });
     }
 
     /// Hears a word of another agent; the caller has checked who says it.
@@ -357,6 +413,7 @@ impl Shared {
             .map(|saved| saved.vm)
             .collect();
         self.sweep_logs(&here);
+        self.renew_policies(saved.iter().filter(|saved| !gone(saved)));
         seeds::sweep(&self.config.seeds_dir(), &here);
         saved.sort_by_key(|saved| matches!(saved.role, task::Role::Holder | task::Role::None));
         for saved in saved {
@@ -369,6 +426,19 @@ impl Shared {
             let runner = self.begin(task, effects);
             lock(&self.vms).insert(vm, runner);
         }
+    }
+
+    /// Sets what the ports of VMs that are here let through, as it was; nothing is left of others'.
+    fn renew_policies<'s>(self: &Arc<Self>, saved: impl Iterator<Item = &'s Saved>) {
+        let definitions = saved.filter_map(|saved| saved.definition.as_ref());
+        let uses: Vec<_> = definitions.flat_map(|definition| definition.ports.clone()).collect();
+        let here = uses.iter().map(|port| port.port).collect();
+        let (shared, left) = (Arc::clone(self), self.policies.left(&here));
+        tokio::task::spawn_blocking(move || {
+            shared.policies.sweep(&shared.network, &left, &here);
+            uses.iter()
+                .for_each(|port| shared.policies.renew(&shared.network, port));
+        });
     }
 
     /// Removes the logs of VMs that are not here any more: an agent that was killed may have left them.

@@ -22,10 +22,11 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
 };
-use wire::{GuestFrame, Missed, peer::MISSED_BYTES_MAX};
+use wire::{GuestFrame, Missed, PortState, peer::MISSED_BYTES_MAX};
 
 use crate::{
     ports::{self, Ports},
+    portstate::{self, To},
     shared::Shared,
     template::chain,
     tunnels::watched,
@@ -52,6 +53,17 @@ pub(crate) struct Standstill {
     ports: Option<Vec<(PortId, Keeper)>>,
     /// When the hypervisor was last asked for something for which it makes the guest stand, or may do so.
     asked_us: Option<i64>,
+    /// Whether what is under way at its ports was said already.
+    announced: bool,
+}
+
+/// What goes after a guest.
+#[derive(Debug)]
+pub(crate) enum Portion {
+    /// Frames that it missed.
+    Frames(Missed),
+    /// What its port has of it.
+    Port(PortState),
 }
 
 /// A hand-over, as those who hand frames over see it.
@@ -65,7 +77,12 @@ pub(crate) struct Move {
 
 impl Standstill {
     /// From now on the guest may stand at any time.
-    pub(crate) fn keep(&mut self, shared: &Shared, ports: &Ports, definition: &Definition) {
+    pub(crate) fn keep(&mut self, shared: &Arc<Shared>, ports: &Ports, definition: &Definition, to: Option<To>) {
+        if let Some(to) = to.filter(|_| !std::mem::replace(&mut self.announced, true)) {
+            for port in &definition.ports {
+                portstate::leave(shared, to, port.port, false);
+            }
+        }
         match &mut self.ports {
             None => self.ports = Some(begin(shared, ports, definition)),
             // It still runs: it had all that is older.
@@ -88,12 +105,19 @@ impl Standstill {
     pub(crate) fn hand_over(&mut self, shared: &Arc<Shared>, of: Move) {
         let from_us = missed_from_us(of.stood_at_ms.saturating_mul(1000), self.asked_us);
         for (port, keeper) in self.ports.take().unwrap_or_default() {
+            let to = To {
+                vm: of.vm,
+                host: of.to,
+                granted: of.granted,
+            };
+            portstate::leave(shared, to, port, true);
             tokio::spawn(hand_over(Arc::clone(shared), of, from_us, port, keeper));
         }
     }
 
     /// The guest stays.
     pub(crate) fn forget(&mut self) {
+        self.announced = false;
         close(self.ports.take());
     }
 }
@@ -197,7 +221,7 @@ async fn hand_over_all(
                 port,
                 frames,
             };
-            if !shared.peers.hand_over(of.to, missed).await {
+            if !shared.peers.hand_over(of.to, Portion::Frames(missed)).await {
                 return Err("there is no connection to the other agent".to_owned());
             }
         } else if ended || budget.frames == 0 {
@@ -260,10 +284,13 @@ fn gather(
 }
 
 /// Gives what another agent hands over to the guests that came from it, in order.
-pub(crate) async fn give_all(shared: Arc<Shared>, from: HostId, mut queue: mpsc::Receiver<Missed>) {
-    while let Some(missed) = queue.recv().await {
+pub(crate) async fn give_all(shared: Arc<Shared>, from: HostId, mut queue: mpsc::Receiver<Portion>) {
+    while let Some(portion) = queue.recv().await {
         let shared = Arc::clone(&shared);
-        let given = tokio::task::spawn_blocking(move || give(&shared, from, &missed));
+        let given = tokio::task::spawn_blocking(move || match portion {
+            Portion::Frames(missed) => give(&shared, from, &missed),
+            Portion::Port(state) => portstate::arrive(&shared, from, state),
+        });
         if given.await.is_err() {
             return;
         }
@@ -272,7 +299,10 @@ pub(crate) async fn give_all(shared: Arc<Shared>, from: HostId, mut queue: mpsc:
 
 fn give(shared: &Shared, from: HostId, missed: &Missed) {
     let Missed { vm, port, .. } = *missed;
-    if !shared.saved_of(vm).is_some_and(|saved| is_its(&saved, from, missed)) {
+    if !shared
+        .saved_of(vm)
+        .is_some_and(|saved| is_its(&saved, from, missed.granted, port))
+    {
         tracing::debug!(%vm, %port, %from, "frames for a guest that did not come from there are dropped");
         return;
     }
@@ -288,10 +318,10 @@ fn give(shared: &Shared, from: HostId, missed: &Missed) {
 }
 
 /// Whether the VM is here by the hand-over that is named, from that host, and the port is one of its own.
-fn is_its(saved: &Saved, from: HostId, missed: &Missed) -> bool {
+pub(crate) fn is_its(saved: &Saved, from: HostId, granted: Generation, port: PortId) -> bool {
     let arrived = Decision {
         source: from,
-        granted: missed.granted,
+        granted,
         message: Message::Run,
     };
     let is_here = match &saved.role {
@@ -301,9 +331,9 @@ fn is_its(saved: &Saved, from: HostId, missed: &Missed) -> bool {
     };
     let ports = saved.definition.iter().flat_map(|definition| &definition.ports);
     is_here
-        && saved.generation == missed.granted
+        && saved.generation == granted
         && saved.decision == Some(arrived)
-        && ports.into_iter().any(|port| port.port == missed.port)
+        && ports.into_iter().any(|its| its.port == port)
 }
 
 /// Now, by the clock that frames are stamped with.
@@ -330,15 +360,7 @@ mod tests {
     const VM: VmId = VmId(Uuid::from_u128(1));
     const PORT: PortId = PortId(Uuid::from_u128(2));
     const SOURCE: HostId = HostId(Uuid::from_u128(3));
-
-    fn missed() -> Missed {
-        Missed {
-            vm: VM,
-            granted: Generation(5),
-            port: PORT,
-            frames: vec![],
-        }
-    }
+    const GRANTED: Generation = Generation(5);
 
     /// A VM that came from [`SOURCE`] by the hand-over at generation 5.
     fn arrived() -> Saved {
@@ -351,6 +373,7 @@ mod tests {
             mtu: 1500,
             v6: None,
             addressing: model::addressing::Addressing::default(),
+            policy: model::PortPolicy::default(),
         };
         Saved {
             generation: Generation(5),
@@ -390,24 +413,18 @@ mod tests {
 
     #[test]
     fn frames_are_taken_only_for_a_vm_that_came_from_there_by_that_hand_over() {
-        assert!(is_its(&arrived(), SOURCE, &missed()));
+        assert!(is_its(&arrived(), SOURCE, GRANTED, PORT));
         let stranger = HostId(Uuid::from_u128(8));
-        assert!(!is_its(&arrived(), stranger, &missed()), "another host");
+        assert!(!is_its(&arrived(), stranger, GRANTED, PORT), "another host");
         let port = PortId(Uuid::from_u128(7));
-        assert!(
-            !is_its(&arrived(), SOURCE, &Missed { port, ..missed() }),
-            "another VM's port"
-        );
+        assert!(!is_its(&arrived(), SOURCE, GRANTED, port), "another VM's port");
         let granted = Generation(4);
-        assert!(
-            !is_its(&arrived(), SOURCE, &Missed { granted, ..missed() }),
-            "an older move"
-        );
+        assert!(!is_its(&arrived(), SOURCE, granted, PORT), "an older move");
         let later = Saved {
             generation: Generation(6),
             ..arrived()
         };
-        assert!(!is_its(&later, SOURCE, &missed()), "it was started anew since");
+        assert!(!is_its(&later, SOURCE, GRANTED, PORT), "it was started anew since");
         let void = Saved {
             decision: arrived().decision.map(|decision| Decision {
                 message: Message::Void,
@@ -415,17 +432,17 @@ mod tests {
             }),
             ..arrived()
         };
-        assert!(!is_its(&void, SOURCE, &missed()), "it did not come");
+        assert!(!is_its(&void, SOURCE, GRANTED, PORT), "it did not come");
         let gone = Saved {
             role: Role::None,
             ..arrived()
         };
-        assert!(!is_its(&gone, SOURCE, &missed()), "it is not here");
+        assert!(!is_its(&gone, SOURCE, GRANTED, PORT), "it is not here");
         let native = Saved {
             decision: None,
             ..arrived()
         };
-        assert!(!is_its(&native, SOURCE, &missed()), "it never moved");
+        assert!(!is_its(&native, SOURCE, GRANTED, PORT), "it never moved");
     }
 
     #[test]

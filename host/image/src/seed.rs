@@ -295,6 +295,7 @@ mod tests {
             ssh_keys: vec![KEY.into()],
             user_data: Some(b"#!/bin/sh\necho '\xff: {'\n".to_vec()),
             ports: vec![PortUse {
+                policy: model::PortPolicy::default(),
                 port: model::PortId(uuid::Uuid::from_u128(1)),
                 mac: Mac([0x52, 0x54, 0, 1, 2, 3]),
                 ip: [10, 91, 0, 7].into(),

@@ -24,10 +24,12 @@
 
 mod announce;
 mod bridge;
+mod limit;
 mod link;
 mod name;
 mod netlink;
 mod nft;
+mod policy;
 mod port;
 mod questions;
 mod standstill;
@@ -48,6 +50,7 @@ pub use bridge::{Bridge, BridgeError, BridgeSpec, Gateway};
 pub use name::{InterfaceName, NameError};
 pub use netlink::NetlinkError;
 pub use nft::NftError;
+pub use policy::{Drops, Identity, PolicyError, SweepError};
 pub use port::{FoundPort, Port, PortCounters, PortError, Tap, TapError, tap_name};
 pub use questions::{Answered, Questions};
 pub use standstill::{FRAME_BYTES_MAX, FrameError, Keeper, KeptFrame, VIRTIO_HEADER_BYTES};

@@ -226,6 +226,14 @@ pub(crate) fn create_bridge(name: &str, mtu: u32) -> Message {
     })
 }
 
+/// Creates an interface that holds frames back for others.
+pub(crate) fn create_ifb(name: &str) -> Message {
+    let flags = netlink::FLAG_CREATE | netlink::FLAG_EXCL;
+    Message::new(RTM_NEWLINK, flags, &link_header(0, 0, 0, 0))
+        .text(IFLA_IFNAME, name)
+        .nest(IFLA_LINKINFO, |m| m.text(IFLA_INFO_KIND, "ifb"))
+}
+
 /// What a trial makes.
 #[derive(Clone, Copy)]
 pub(crate) enum Trial {

@@ -1,4 +1,4 @@
-//! The program `nft`: rules go to it as text on its standard input, in one transaction.
+//! The program `nft`: rules go to it as text on its standard input, in one transaction; what the kernel holds comes back as JSON.
 //!
 //! Several at once are fine: the kernel takes one transaction after the other, and `nft` tries again where another came between.
 
@@ -14,6 +14,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{PidfdFlags, pidfd_open},
 };
+use serde_json::Value;
 
 /// How long it may take: a transaction takes milliseconds, on a busy machine with thousands of ports some seconds.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
@@ -37,6 +38,9 @@ pub enum NftError {
     /// The kernel or the program refused.
     #[error("nft refused: {0}")]
     Refused(String),
+    /// What it printed could not be read.
+    #[error("nft printed what is no JSON")]
+    Answer(#[source] serde_json::Error),
 }
 
 /// The program.
@@ -54,6 +58,17 @@ impl Nft {
     /// Has these commands carried out: all or none. In the calling thread's network namespace.
     pub(crate) fn apply(&self, commands: &str) -> Result<(), NftError> {
         self.run(&["-f", "-"], commands.as_bytes()).map(drop)
+    }
+
+    /// What `nft -j list ...` says: the objects of its list.
+    pub(crate) fn list(&self, what: &[&str]) -> Result<Vec<Value>, NftError> {
+        let arguments = [&["-j", "-n", "list"], what].concat();
+        let printed = self.run(&arguments, &[])?;
+        let mut answer: Value = serde_json::from_slice(&printed).map_err(NftError::Answer)?;
+        match answer.get_mut("nftables").map(Value::take) {
+            Some(Value::Array(objects)) => Ok(objects),
+            _ => Ok(vec![]),
+        }
     }
 
     fn run(&self, arguments: &[&str], input: &[u8]) -> Result<Vec<u8>, NftError> {
@@ -89,7 +104,7 @@ impl Nft {
 
 fn all(from: Option<impl Read>) -> Vec<u8> {
     let mut bytes = vec![];
-    // What cannot be read is missing from the answer.
+    // What cannot be read is missing from the answer, which is then no JSON.
     let _ = from.map(|from| from.take(ANSWER_BYTES_MAX).read_to_end(&mut bytes));
     bytes
 }

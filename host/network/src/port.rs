@@ -1,6 +1,6 @@
 //! Ports: a tap for a guest, born blocked, opened in microseconds, gone with its holder.
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
 use model::PortId;
 use rustix::{
@@ -304,8 +304,21 @@ impl Network {
                 detail: None,
             })
         };
-        let counted = found.filter(|link| link.name == port.tap).ok_or_else(gone)?.statistics;
-        Ok(PortCounters::of(counted))
+        Ok(PortCounters::of(
+            found.filter(|link| link.name == port.tap).ok_or_else(gone)?.statistics,
+        ))
+    }
+
+    /// The counters of all taps of ours in this namespace.
+    ///
+    /// # Errors
+    /// [`NetlinkError`].
+    pub fn all_counters(&self) -> Result<BTreeMap<PortId, PortCounters>, NetlinkError> {
+        let links = link::all(&mut self.slow())?;
+        let ours = links
+            .iter()
+            .filter_map(|link| Some((found_port(link)?.port.id, PortCounters::of(link.statistics))));
+        Ok(ours.collect())
     }
 
     /// Removes the port's tap, even from under a QEMU that holds it. None is fine.

@@ -72,6 +72,7 @@ fn port(mac: [u8; 6]) -> PortUse {
         mtu: 1450,
         v6: None,
         addressing: model::addressing::Addressing::default(),
+        policy: model::PortPolicy::default(),
     }
 }
 

@@ -25,9 +25,9 @@ pub mod ticket;
 
 pub use frame::{Decoder, FrameError, decode, encode};
 pub use join::{JoinRequest, JoinResponse, RenewRequest, RenewResponse};
-pub use peer::{GuestFrame, Missed, Peer};
+pub use peer::{GuestFrame, Missed, Peer, PortState};
 pub use problem::Problem;
-pub use session::{Accepted, Down, Hello, Up};
+pub use session::{Accepted, Down, Hello, PortTraffic, Up};
 pub use ticket::Ticket;
 
 /// The oldest version of these forms that this build reads.

@@ -3,7 +3,11 @@
 use std::fmt;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use model::{Generation, PortId, VmId, order::Relay};
+use model::{
+    Generation, PortId, VmId,
+    order::Relay,
+    policy::{Flow, Traffic},
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 /// Longest frame between agents, bytes: a guest's frame of 64 KiB in base 64 and its envelope.
@@ -34,11 +38,34 @@ pub enum Peer {
     /// What a guest missed while it stood for a move, from the host that it left; the receiver takes it only from the source of the
     /// hand-over by which it has the VM. Best effort: not answered, not said again, not relayed.
     Missed(Missed),
+    /// What was under way at a guest's port on the host that it leaves, said before the guest stands and once more when it runs on; the
+    /// receiver takes it only from the source of its hand-over. Best effort, as [`Peer::Missed`].
+    Port(PortState),
     /// Sign of life.
     Heartbeat,
     /// A frame of a newer version, to be ignored.
     #[serde(other)]
     Other,
+}
+
+/// Most flows in one [`PortState`].
+pub const FLOWS_MAX: usize = 512;
+
+/// What a port has of its guest, which goes where the guest goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortState {
+    /// The VM.
+    pub vm: VmId,
+    /// Names the hand-over.
+    pub granted: Generation,
+    /// The port.
+    pub port: PortId,
+    /// What its rules let go on; at most [`FLOWS_MAX`].
+    #[serde(default)]
+    pub flows: Vec<Flow>,
+    /// What went through it in all, once the guest stands there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Traffic>,
 }
 
 /// Frames that reached a VM's port on the host that it left.
@@ -97,6 +124,27 @@ mod tests {
             let bytes = encode(&missed, FRAME_BYTES_MAX).unwrap();
             assert_eq!(decode::<Peer>(&bytes[4..]).unwrap(), missed);
         }
+    }
+
+    #[test]
+    fn as_many_flows_as_are_allowed_fit_in_a_frame() {
+        let flow = Flow {
+            remote: "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff".parse().unwrap(),
+            protocol: u8::MAX,
+            guest_port: u16::MAX,
+            remote_port: u16::MAX,
+            ending: false,
+            expires_s: u32::MAX,
+        };
+        let state = Peer::Port(PortState {
+            vm: VmId(uuid::Uuid::max()),
+            granted: Generation(u64::MAX),
+            port: PortId(uuid::Uuid::max()),
+            flows: vec![flow; FLOWS_MAX],
+            traffic: Some(Traffic::default()),
+        });
+        let bytes = encode(&state, FRAME_BYTES_MAX).unwrap();
+        assert_eq!(decode::<Peer>(&bytes[4..]).unwrap(), state);
     }
 
     #[test]

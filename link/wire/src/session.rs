@@ -17,7 +17,8 @@
 use std::time::Duration;
 
 use model::{
-    Epoch, Generation, OperationId, Order, Refusal, Report, Telemetry, VmId, id::Sequence, operation::Progress,
+    Epoch, Generation, OperationId, Order, PortId, Refusal, Report, Telemetry, VmId, id::Sequence, operation::Progress,
+    policy::Traffic,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -48,6 +49,18 @@ pub const HEARTBEAT: Duration = Duration::from_secs(2);
 
 /// After this long without a byte the other side is lost.
 pub const LOST_AFTER: Duration = Duration::from_secs(10);
+
+/// Most ports in one [`Up::Ports`].
+pub const PORTS_MAX: usize = 1000;
+
+/// What went through a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortTraffic {
+    /// The port.
+    pub port: PortId,
+    /// Since its VM was started, on all hosts together.
+    pub traffic: Traffic,
+}
 
 /// The agent's first frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +116,11 @@ pub enum Up {
     Telemetry {
         /// The look.
         telemetry: Box<Telemetry>,
+    },
+    /// What went through ports of the host until now. Telemetry, as well.
+    Ports {
+        /// Each once, at most [`PORTS_MAX`].
+        ports: Vec<PortTraffic>,
     },
     /// A console that was asked for cannot be opened.
     ConsoleRefused {

@@ -84,6 +84,7 @@ fn every_kind_of_frame_has_a_sample() {
             Up::Telemetry { .. } => "telemetry",
             Up::ConsoleRefused { .. } => "console-refused",
             Up::Heartbeat => "heartbeat",
+            Up::Ports { .. } => "ports",
             Up::Close { .. } => "close",
             Up::Other => "other",
         }
@@ -105,16 +106,17 @@ fn every_kind_of_frame_has_a_sample() {
             Peer::Accepted { .. } => "accepted",
             Peer::Word(_) => "word",
             Peer::Missed(_) => "missed",
+            Peer::Port(_) => "port",
             Peer::Heartbeat => "heartbeat",
             Peer::Other => "other",
         }
     }
     let seen: BTreeSet<_> = samples::ups().iter().map(|(_, frame)| up(frame)).collect();
-    assert_eq!(seen.len(), 7, "{seen:?}");
+    assert_eq!(seen.len(), 8, "{seen:?}");
     let seen: BTreeSet<_> = samples::downs().iter().map(|(_, frame)| down(frame)).collect();
     assert_eq!(seen.len(), 6, "{seen:?}");
     let seen: BTreeSet<_> = samples::peers().iter().map(|(_, frame)| peer(frame)).collect();
-    assert_eq!(seen.len(), 5, "{seen:?}");
+    assert_eq!(seen.len(), 6, "{seen:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use driver::{Condition, Happened, Launch, Mode};
 use model::{
     BootId, Code, Definition, Generation, HostId, Message, Refusal, Report, VmId,
-    order::{Order, Relay, TemplateReport, VmObserved, VolumePlace},
+    order::{Order, PortReport, Relay, TemplateReport, VmObserved, VolumePlace},
 };
 use task::{Effect, Input, Peer, Role, Saved, Task, Timer, Tunnel};
 use uuid::Uuid;
@@ -388,6 +388,16 @@ impl Sim {
                     content: None,
                 };
                 self.push_report(host, Report::Template(report));
+                Ok(())
+            }
+            // What passes a port is judged by the kernel: here it is in force at once.
+            Order::Port(order) => {
+                let report = PortReport {
+                    port: order.port.port,
+                    revision: order.port.policy.revision,
+                    refused: None,
+                };
+                self.push_report(host, Report::Port(report));
                 Ok(())
             }
             Order::Relay(word) => self.word(host, word),

@@ -83,5 +83,7 @@ fn wanted(name: Name, memory_mib: u64, start: bool) -> CreateVm {
         hostname: None,
         ssh_keys: vec![],
         user_data: None,
+        security_groups: vec![],
+        allow_addresses: vec![],
     }
 }

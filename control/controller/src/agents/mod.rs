@@ -36,6 +36,7 @@ use crate::{
     core::Input,
     handle::Shared,
     joining::Authority,
+    meters::Meters,
     telemetry,
 };
 
@@ -52,6 +53,7 @@ pub(crate) struct Agents {
     pub(crate) authority: Arc<Authority>,
     pub(crate) telemetry: Arc<telemetry::Store>,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) meters: Arc<Meters>,
 }
 
 impl Agents {
@@ -64,6 +66,7 @@ impl Agents {
             authority: shared.authority.clone(),
             telemetry: shared.telemetry.clone(),
             clock: shared.clock.clone(),
+            meters: shared.meters.clone(),
         }
     }
 }

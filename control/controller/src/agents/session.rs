@@ -240,6 +240,13 @@ async fn take(agents: &Agents, host: HostId, session: uuid::Uuid, frame: Up) -> 
                 .take(host, *telemetry, &agents.committed, agents.clock.now());
             Ok(())
         }
+        Up::Ports { ports } => {
+            let bound = agents.committed.bound(ports.iter().map(|told| told.port));
+            agents
+                .meters
+                .take(host, &ports, |port| bound.get(&port).map(|(_, host)| *host));
+            Ok(())
+        }
         Up::ConsoleRefused { console, reason } => {
             agents.consoles.refuse(console, host, reason);
             Ok(())

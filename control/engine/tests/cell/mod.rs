@@ -136,6 +136,8 @@ pub(crate) fn wanted(vm: &str) -> CreateVm {
         hostname: None,
         ssh_keys: vec![],
         user_data: None,
+        security_groups: vec![],
+        allow_addresses: vec![],
     }
 }
 

@@ -168,6 +168,8 @@ pub fn port(n: u128) -> Port {
         bound: Some(HostId(uuid(HOST))),
         generation: Generation(1),
         rests_until: None,
+        spec: Box::default(),
+        applied: model::Revision(0),
     }
 }
 

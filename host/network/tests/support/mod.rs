@@ -110,16 +110,20 @@ impl Guest {
 
     /// Sends a frame with this text.
     pub fn send(&self, to: [u8; 6], text: &str) {
-        // The ethertype for local experiments.
-        self.send_frame(&[&to[..], &self.mac, &[0x88, 0xb5], text.as_bytes()].concat());
+        let ethertype = [0x88, 0xb5]; // for local experiments
+        self.send_frame(&[&to[..], &self.mac, &ethertype, text.as_bytes()].concat());
     }
 
-    /// Sends a frame, padded where it is too short.
+    /// Sends a frame as it is, padded.
     pub fn send_frame(&self, frame: &[u8]) {
-        let mut bytes = vec![0; VIRTIO_HEADER];
-        bytes.extend_from_slice(frame);
+        let mut bytes = [&[0; VIRTIO_HEADER], frame].concat();
         bytes.resize(bytes.len().max(VIRTIO_HEADER + 60), 0);
         rustix::io::write(&self.fd, &bytes).unwrap();
+    }
+
+    /// Whole frames that are queued now.
+    pub fn frames(&self) -> Vec<Vec<u8>> {
+        std::iter::from_fn(|| self.read()).collect()
     }
 
     /// The text of the next frame of ours that arrives; others (such as announcements) are passed over.

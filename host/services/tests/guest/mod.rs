@@ -59,6 +59,7 @@ pub(crate) fn definition() -> Definition {
         pool: PoolId(Uuid::from_u128(4)),
         volumes: vec![],
         ports: vec![PortUse {
+            policy: model::PortPolicy::default(),
             port: PORT,
             mac: MAC,
             ip: IP,

@@ -56,6 +56,7 @@ pub(crate) fn definition() -> Box<Definition> {
             mtu: 1500,
             v6: None,
             addressing: model::addressing::Addressing::default(),
+            policy: model::PortPolicy::default(),
         }],
     })
 }

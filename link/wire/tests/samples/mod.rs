@@ -8,6 +8,7 @@ use model::host::{Accelerator, Hypervisor, PoolFacts};
 use model::layout::{Device, DeviceKind, Family};
 use model::operation::Progress;
 use model::order::*;
+use model::policy::{Allowed, Filter, Flow, Protocol, RateLimit, Traffic};
 use model::refusal::Code;
 use model::seed::{GuestSeed, UserData};
 use model::storage::Format;
@@ -132,6 +133,7 @@ fn definition() -> Box<Definition> {
             mtu: 1500,
             v6: None,
             addressing: model::addressing::Addressing::default(),
+            policy: model::PortPolicy::default(),
         }],
     })
 }
@@ -367,6 +369,14 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
                 })),
             }),
         ),
+        (
+            "port".to_owned(),
+            Report::Port(PortReport {
+                port: id(7),
+                revision: Revision(3),
+                refused: Some(refusal()),
+            }),
+        ),
         ("relay".to_owned(), Report::Relay(relay())),
     ];
     reports.extend(
@@ -403,6 +413,15 @@ pub(crate) fn ups() -> Vec<(String, Up)> {
             Up::ConsoleRefused {
                 console: id(12),
                 reason: refusal(),
+            },
+        ),
+        (
+            "ports".to_owned(),
+            Up::Ports {
+                ports: vec![PortTraffic {
+                    port: id(7),
+                    traffic: traffic(),
+                }],
             },
         ),
         ("heartbeat".to_owned(), Up::Heartbeat),
@@ -443,6 +462,69 @@ fn start_addressed() -> Verb {
     }
 }
 
+fn traffic() -> Traffic {
+    Traffic {
+        received_bytes: 1 << 40,
+        received_frames: 1 << 30,
+        sent_bytes: 1514,
+        sent_frames: 1,
+        spoofed_frames: 2,
+        filtered_to_guest_frames: 3,
+        filtered_from_guest_frames: 4,
+    }
+}
+
+/// What goes with a guest's port.
+fn port_state() -> Peer {
+    Peer::Port(PortState {
+        vm: id(1),
+        granted: Generation(5),
+        port: id(7),
+        flows: vec![Flow {
+            remote: "10.0.0.9".parse().unwrap(),
+            protocol: 6,
+            guest_port: 40_000,
+            remote_port: 443,
+            ending: true,
+            expires_s: 119,
+        }],
+        traffic: Some(traffic()),
+    })
+}
+
+fn port_order() -> PortOrder {
+    let limit = RateLimit {
+        bytes_per_s: 1_000_000,
+        burst_bytes: Some(65_536),
+    };
+    let allowed = |protocol, ports: Option<&str>, remote: Option<&str>| Allowed {
+        protocol,
+        ports: ports.map(|ports| ports.parse().unwrap()),
+        remote: remote.map(|range| vec![range.parse().unwrap()]),
+    };
+    let policy = PortPolicy {
+        revision: Revision(3),
+        link_down: true,
+        allowed: vec!["10.0.0.0/8".parse().unwrap()],
+        filter: Some(Filter {
+            ingress: vec![allowed(Protocol::Tcp, Some("80-443"), Some("2001:db8::/32"))],
+            egress: vec![allowed(Protocol::Any, None, None)],
+        }),
+        to_guest: Some(limit),
+        from_guest: Some(RateLimit {
+            burst_bytes: None,
+            ..limit
+        }),
+        floor: Some(125_000),
+    };
+    let port = definition().ports[0].clone();
+    PortOrder {
+        epoch: Epoch(1),
+        vm: id(1),
+        port: PortUse { policy, ..port },
+    }
+}
+
 /// All frames from controller to agent.
 pub(crate) fn downs() -> Vec<(String, Down)> {
     let template = |verb| {
@@ -478,6 +560,7 @@ pub(crate) fn downs() -> Vec<(String, Down)> {
     orders.push(("template-fetch-direct".into(), fetch(boot())));
     orders.push(("template-fetch-bios".into(), fetch(Boot::Bios)));
     orders.push(("template-drop".into(), template(drop)));
+    orders.push(("port".into(), Order::Port(Box::new(port_order()))));
     orders.push(("relay".into(), Order::Relay(relay())));
     let accepted = Down::Accepted(Accepted {
         version: 1,
@@ -521,6 +604,7 @@ pub(crate) fn peers() -> Vec<(String, Peer)> {
         ("accepted".to_owned(), Peer::Accepted { version: 1 }),
         ("heartbeat".to_owned(), Peer::Heartbeat),
         ("missed".to_owned(), Peer::Missed(missed())),
+        ("port".to_owned(), port_state()),
     ];
     peers.extend(words.into_iter().enumerate().map(word));
     peers
