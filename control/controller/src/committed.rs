@@ -14,6 +14,7 @@ use model::{
     host::Link,
     name::Reference,
     operation::{OperationState, Progress},
+    order::{Order, Subject, TemplateVerb},
     template::TemplateState,
 };
 use tokio::sync::{broadcast, watch};
@@ -52,6 +53,8 @@ struct Index {
     templates: BTreeMap<TemplateId, TemplateBlobs>,
     /// Whose a port is, and on which host it is open.
     ports: BTreeMap<PortId, (ProjectId, HostId)>,
+    /// The hosts that import templates now.
+    importing: BTreeSet<(HostId, TemplateId)>,
     running: BTreeSet<OperationId>,
     notices: VecDeque<Arc<Notice>>,
 }
@@ -67,7 +70,7 @@ pub(crate) struct Place {
 
 #[derive(Debug)]
 struct TemplateBlobs {
-    /// Whether hosts may still have to fetch them.
+    /// Whether hosts may have to fetch them: those of a ready template are kept for hosts that are yet to get it.
     wanted: bool,
     blobs: Vec<Digest>,
 }
@@ -250,7 +253,12 @@ impl Committed {
             .any(|template| template.blobs.contains(&digest))
     }
 
-    /// Blobs that hosts may still have to fetch.
+    /// Whether a host imports a template now, and may bring what its disk became.
+    pub(crate) fn imports(&self, host: HostId) -> bool {
+        self.index().importing.iter().any(|(of, _)| *of == host)
+    }
+
+    /// Blobs that hosts may have to fetch.
     pub(crate) fn wanted_blobs(&self) -> BTreeSet<Digest> {
         let index = self.index();
         let wanted = index.templates.values().filter(|template| template.wanted);
@@ -307,10 +315,19 @@ impl Index {
             },
             Row::Template(template) => {
                 let blobs = TemplateBlobs {
-                    wanted: template.state == TemplateState::Importing,
+                    wanted: matches!(template.state, TemplateState::Importing | TemplateState::Ready { .. }),
                     blobs: template.content.blobs().map(|blob| blob.digest).collect(),
                 };
                 self.templates.insert(template.id, blobs);
+            }
+            Row::Outbox(row) => {
+                if let Order::Template(order) = &row.order {
+                    let which = (row.host, order.template);
+                    match order.verb {
+                        TemplateVerb::Fetch { .. } => drop(self.importing.insert(which)),
+                        TemplateVerb::Drop { .. } => drop(self.importing.remove(&which)),
+                    }
+                }
             }
             Row::Operation(operation) => {
                 if operation.state == OperationState::Running {
@@ -347,6 +364,7 @@ impl Index {
             Key::Vm(id) => drop(self.vms.remove(id)),
             Key::Port(id) => drop(self.ports.remove(id)),
             Key::Template(id) => drop(self.templates.remove(id)),
+            Key::Outbox(host, Subject::Template(id)) => drop(self.importing.remove(&(*host, *id))),
             Key::Operation(id) => drop(self.running.remove(id)),
             Key::Notice(sequence) => {
                 // The oldest go first, so it is at the front.

@@ -185,6 +185,61 @@ async fn an_agent_fetches_only_blobs_that_a_template_names() {
 }
 
 #[tokio::test]
+async fn a_host_brings_what_a_disk_became_while_it_imports_alone_and_a_fetch_goes_on_after_a_cut() {
+    const BECAME: &[u8] = b"what the disk became";
+    let cell = Cell::start().await;
+    let host = cell.join("h1").await;
+    let mut session = host.session(&cell, RUN).await;
+    session.report(1, facts(1, 1)).await;
+    session.acknowledged(1).await;
+    let brought = format!("/agent/v1/blobs/{}", blob(BECAME).digest);
+    let (status, _) = session.link.ask("PUT", &brought, None, Some(BECAME)).await;
+    assert_eq!(status, 403, "it imports nothing");
+    upload(&cell, KERNEL).await;
+    upload(&cell, INITRD).await;
+    let import = cell.handle.submit(cell.admin(), template(), SubmitOptions::default());
+    import.await.unwrap();
+    let Order::Template(order) = session.order().await else {
+        panic!()
+    };
+    let (status, _) = session.link.ask("PUT", &brought, None, Some(b"something else")).await;
+    assert!(status.is_client_error(), "{status}");
+    let (status, _) = session.link.ask("PUT", &brought, None, Some(BECAME)).await;
+    assert_eq!(status, 204);
+    assert!(cell.state().blobs().join(blob(BECAME).digest.to_string()).is_file());
+    // Nobody fetches it before the template names it; of what is named, a part.
+    assert_eq!(session.link.get(&brought).await.0, 404);
+    let kernel = format!("/agent/v1/blobs/{}", blob(KERNEL).digest);
+    let (status, body) = session
+        .link
+        .ask("GET", &kernel, Some(("range", "bytes=3-")), None)
+        .await;
+    assert!(status == 206 && body == KERNEL[3..], "{status}");
+    for range in [
+        "bytes=-3",
+        "bytes=3-4",
+        "items=3-",
+        "bytes=x-",
+        "bytes=99999999999999999999-",
+        "bytes=100000-",
+    ] {
+        let (status, _) = session.link.ask("GET", &kernel, Some(("range", range)), None).await;
+        assert!(status.is_client_error(), "{range}: {status}");
+    }
+    let fetched = TemplateReport {
+        operation: order.operation,
+        template: order.template,
+        pool: order.pool,
+        refused: None,
+        content: None,
+    };
+    session.report(2, Report::Template(fetched)).await;
+    session.acknowledged(2).await;
+    let (status, _) = session.link.ask("PUT", &brought, None, Some(BECAME)).await;
+    assert_eq!(status, 403, "its import is over");
+}
+
+#[tokio::test]
 async fn an_order_that_a_crash_left_unanswered_is_sent_again_and_a_repeated_request_is_the_same_one() {
     let mut cell = Cell::start().await;
     let (host, session, order, outcome) = with_an_order(&cell).await;

@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use model::{
-    Code, Generation, Host, HostId, Mac, Millis, NetworkId, OperationKind, Outcome, Plan, PoolId, Port, PortId,
-    PortSpec, Refusal, Request, Revision, Row, SubnetId, Template, Vm, VmId, VmSpec, VmState, VmStatus, Volume,
+    Code, Generation, Host, HostId, Mac, Millis, NetworkId, OperationId, OperationKind, Outcome, Plan, PoolId, Port,
+    PortId, PortSpec, Refusal, Request, Revision, Row, SubnetId, Template, Vm, VmId, VmSpec, VmState, VmStatus, Volume,
     VolumeId,
     access::{Project, Usage},
     addressing::V6Prefix,
@@ -20,9 +20,10 @@ use model::{
 
 use crate::{
     definition,
-    placement::{self, Machine, Need},
+    placement::{self, FromTemplate, Machine, Need},
     ports, projects,
     request::{self, Decision, Fresh, refuse},
+    templates,
     txn::{Txn, target},
     world::World,
 };
@@ -49,7 +50,7 @@ struct Decided<'w> {
     v6: Option<V6Prefix>,
     disk_bytes: Option<u64>,
     port: PortSpec,
-    need: Need,
+    from: FromTemplate,
     plan: Plan,
     host: Result<HostId, Box<Refusal>>,
 }
@@ -62,8 +63,9 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
         return Ok(Outcome::Plan(decided.plan));
     }
     let host = decided.host.clone()?;
-    let pool = placement::pool(world, host, &decided.need.any_pool);
-    let pool = pool.expect("a host that was chosen sees a pool of the template").id;
+    let row = world.host(host).expect("a host that was chosen is there");
+    let pool = placement::pool(world, row, decided.from);
+    let pool = pool.expect("a host that was chosen has a pool for the template").id;
     let mut fresh = Fresh::of(request);
     let operation = fresh.operation(world)?;
     let id: VmId = fresh.next()?;
@@ -76,12 +78,12 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
     }
     let port = port(world, &mut fresh, request, &decided, id)?;
     let volume = volume(&mut fresh, request, &decided, id, pool)?;
-    let row = world.host(host).expect("a host that was chosen is there");
     let vm = row_of(txn, request, wanted, &decided, row, id, &port, volume.as_ref())?;
     let project = world.projects[&request.actor.project].clone();
     let more = usage(wanted, decided.disk_bytes);
     let seeded = decided.template.content.seed == Seed::NoCloud;
     let groups = port.spec.groups.clone();
+    let template = decided.template.id;
     write(txn, vm, port, volume, project, more);
     // Its address is one of its groups' from here on.
     let told = ports::concerned_by(txn.world(), groups);
@@ -94,24 +96,28 @@ pub(crate) fn vm(txn: &mut Txn<'_>, request: &Request, wanted: &CreateVm) -> Dec
     if !wanted.start {
         return request::done(txn, request, operation, OperationKind::CreateVm, target);
     }
-    let begun = request::begun(request, operation, OperationKind::CreateVm, target, txn.now, CREATE_MAX);
+    let allowed = templates::allowed(txn.world(), template, pool, CREATE_MAX);
+    let begun = request::begun(request, operation, OperationKind::CreateVm, target, txn.now, allowed);
     txn.begin_operation(begun);
     place(txn, id, host);
-    let verb = start_verb(txn.world(), id, host);
-    txn.order(host, id, operation, verb);
+    order_start(txn, id, host, operation);
     request::outcome(txn, operation)
 }
 
-/// The order that builds and starts a VM on a host that placement chose.
-pub(crate) fn start_verb(world: &World, id: VmId, host: HostId) -> Verb {
+/// Orders a host that placement chose to build and start a VM.
+pub(crate) fn order_start(txn: &mut Txn<'_>, id: VmId, host: HostId, operation: OperationId) {
+    let world = txn.world();
     let vm = world.vm(id).expect("a VM that is started is there");
-    let definition = definition::of(world, vm, host).expect("a host that was chosen sees a pool of the template");
-    Verb::Start {
+    let (template, definition) = (vm.spec.template, definition::of(world, vm, host));
+    let definition = definition.expect("a host that was chosen has a pool for the template");
+    templates::bring(txn, template, definition.pool, host);
+    let verb = Verb::Start {
         definition: Box::new(definition),
         paused: false,
         // Each order gets it as it is sent: the outbox keeps no secret.
         seed: None,
-    }
+    };
+    txn.order(host, id, operation, verb);
 }
 
 /// Gives a VM to a host under a fresh generation, to be started there.
@@ -152,7 +158,7 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
         return Err(refuse(Code::NameTaken, message, "choose another name"));
     }
     let template = request::template(world, actor, &wanted.template)?;
-    let pools = ready(template)?;
+    ready(template)?;
     seed_bounds(wanted, template)?;
     let disk_bytes = disk(wanted, template)?;
     projects::within(&world.projects[&actor.project], usage(wanted, disk_bytes))?;
@@ -162,17 +168,15 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
         allowed: ports::addresses(&wanted.allow_addresses)?,
         ..PortSpec::default()
     };
-    let any_pool = match &wanted.pool {
-        None => pools,
-        Some(reference) => BTreeSet::from([named_pool(world, reference, &pools, template)?]),
-    };
+    let only = wanted.pool.as_ref().map(|pool| named_pool(world, pool)).transpose()?;
+    let from = FromTemplate { id: template.id, only };
     let need = Need {
         name: wanted.name.to_string(),
         vm: None,
         vcpus: u64::from(wanted.vcpus),
         memory_mib: wanted.memory_mib,
         machine: Machine::Newest(wanted.family),
-        any_pool,
+        template: Some(from),
         all_pools: BTreeSet::new(),
     };
     let only = wanted
@@ -190,7 +194,7 @@ fn decide<'w>(world: &'w World, request: &Request, wanted: &CreateVm) -> Result<
         v6: world.networks.get(&network).and_then(|network| network.addressing.v6),
         disk_bytes,
         port,
-        need,
+        from,
         plan,
         host,
     })
@@ -285,9 +289,9 @@ fn guest_seed(wanted: &CreateVm) -> GuestSeed {
     }
 }
 
-fn ready(template: &Template) -> Result<BTreeSet<PoolId>, Box<Refusal>> {
+fn ready(template: &Template) -> Result<(), Box<Refusal>> {
     let state = match &template.state {
-        TemplateState::Ready { .. } => return Ok(placement::ready_pools(&template.state)),
+        TemplateState::Ready { .. } => return Ok(()),
         TemplateState::Importing => "is still being imported",
         TemplateState::Failed { .. } => "could not be imported",
         TemplateState::Deleting => "is being deleted",
@@ -361,29 +365,15 @@ fn address(
         })
 }
 
-fn named_pool(
-    world: &World,
-    reference: &model::name::Reference,
-    pools: &BTreeSet<PoolId>,
-    template: &Template,
-) -> Result<PoolId, Box<Refusal>> {
+fn named_pool(world: &World, reference: &model::name::Reference) -> Result<PoolId, Box<Refusal>> {
     let id = match reference {
         model::name::Reference::Id(id) => Some(PoolId(*id)),
         model::name::Reference::Name(name) => world.index.pool_names.get(name).copied(),
     };
-    let pool = id.and_then(|id| world.pools.get(&id)).ok_or_else(|| {
+    id.filter(|id| world.pools.contains_key(id)).ok_or_else(|| {
         let message = format!("there is no pool {reference} in this cell");
         refuse(Code::NotFound, message, "leave the pool out to let it be chosen")
-    })?;
-    if pools.contains(&pool.id) {
-        return Ok(pool.id);
-    }
-    let message = format!("pool {} does not hold template {}", pool.name, template.name);
-    Err(refuse(
-        Code::Incompatible,
-        message,
-        "leave the pool out to let it be chosen",
-    ))
+    })
 }
 
 /// A port with the next of the fresh ids whose Ethernet address nobody has.

@@ -5,7 +5,11 @@ use model::{
     order::{PortUse, VolumeBase, VolumePlace, VolumeUse},
 };
 
-use crate::{placement, ports, world::World};
+use crate::{
+    placement::{self, FromTemplate},
+    ports, templates,
+    world::World,
+};
 
 /// The definition of a VM for a host. `None` when a row that it refers to is missing, which [`World::load`] excludes.
 pub(crate) fn of(world: &World, vm: &Vm, host: model::HostId) -> Option<Definition> {
@@ -30,11 +34,16 @@ pub(crate) fn of(world: &World, vm: &Vm, host: model::HostId) -> Option<Definiti
             })
         })
         .collect::<Option<_>>()?;
-    let holding = placement::ready_pools(&template.state);
     // The volumes' own pool holds the blobs that they are overlays of.
     let pool = match volumes.first() {
         Some(volume) => volume.place.pool,
-        None => placement::pool(world, host, &holding)?.id,
+        None => {
+            let from = FromTemplate {
+                id: template.id,
+                only: None,
+            };
+            placement::pool(world, world.host(host)?, from).ok()?.id
+        }
     };
     Some(Definition {
         vm: vm.id,
@@ -44,6 +53,7 @@ pub(crate) fn of(world: &World, vm: &Vm, host: model::HostId) -> Option<Definiti
         pool,
         volumes,
         ports: vm.ports.iter().map(|id| port(world, *id)).collect::<Option<_>>()?,
+        template: Some(templates::source(world, template, pool, host)),
     })
 }
 

@@ -269,7 +269,7 @@ fn is_used(world: &crate::World, pool: PoolId) -> bool {
         || world
             .templates
             .values()
-            .any(|row| crate::placement::ready_pools(&row.state).contains(&pool))
+            .any(|row| row.state.touched().any(|touched| touched == pool))
 }
 
 /// All VMs that an agent knows, of those above the first bound and up to the second. What it says of each goes the way of a report; what

@@ -76,8 +76,7 @@ pub(crate) fn start(txn: &mut Txn<'_>, request: &Request, reference: &Reference)
         txn.withdraw(before, id);
     }
     create::place(txn, id, host);
-    let verb = create::start_verb(txn.world(), id, host);
-    txn.order(host, id, operation, verb);
+    create::order_start(txn, id, host, operation);
     request::outcome(txn, operation)
 }
 

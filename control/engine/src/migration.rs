@@ -9,6 +9,7 @@ use crate::{
     definition, lifecycle,
     placement::{self, Need},
     request::{self, Decision, Fresh, refuse},
+    templates,
     txn::Txn,
     world::World,
 };
@@ -137,7 +138,8 @@ fn begin(txn: &mut Txn<'_>, request: &Request, id: VmId, terms: Terms) {
     let world = txn.world();
     let vm = world.vm(id).expect("a VM that was looked up in this step is there");
     let definition = definition::of(world, vm, terms.destination);
-    let definition = Box::new(definition.expect("a host that was chosen sees a pool of the template"));
+    let definition = Box::new(definition.expect("a host that was chosen has a pool for the template"));
+    let (template, pool) = (vm.spec.template, definition.pool);
     let migration = Migration {
         terms: terms.clone(),
         stage: Stage::Reservation,
@@ -161,5 +163,6 @@ fn begin(txn: &mut Txn<'_>, request: &Request, id: VmId, terms: Terms) {
         vm.status.cleared.clear();
     });
     let (destination, operation) = (terms.destination, terms.operation);
+    templates::bring(txn, template, pool, destination);
     txn.order(destination, id, operation, Verb::Receive { terms, definition });
 }

@@ -17,7 +17,7 @@ use model::{
     order::{Endpoint, OffCause, Relay, Subject, Verb},
 };
 
-use crate::{create, hosts, index, lifecycle, reconcile, stranded, txn::Txn};
+use crate::{create, hosts, index, lifecycle, reconcile, stranded, templates, txn::Txn};
 
 /// The running operation of a VM's present terms.
 fn running(txn: &Txn<'_>, vm: VmId) -> Option<(OperationId, Migration)> {
@@ -91,6 +91,7 @@ pub(crate) fn receiving(txn: &mut Txn<'_>, vm: VmId, tunnel_port: u16) {
         tunnel_port,
         peer_port: facts.peer_port,
     };
+    templates::arrived(txn, vm, terms.destination);
     reached(txn, vm, Stage::IterativePreCopy);
     let source = terms.source;
     txn.order(source, vm, id, Verb::Send { terms, to });

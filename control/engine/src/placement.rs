@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 
 use model::{
-    Code, Host, HostId, Plan, Pool, PoolId, Refusal, Vm, VmId,
+    Code, Host, HostId, Plan, Pool, PoolId, Refusal, Template, TemplateId, Vm, VmId,
     command::HostVerdict,
     host::{Accelerator, Link},
     layout::Family,
 };
 
-use crate::{capacity, world::World};
+use crate::{capacity, templates, world::World};
+
+/// What a host's score gains by having the template already: as much as a fifth of its memory and CPU left free.
+const HAS_TEMPLATE: u32 = 200;
 
 /// What a VM needs of a host.
 #[derive(Clone, Debug)]
@@ -21,10 +24,18 @@ pub(crate) struct Need {
     pub(crate) vcpus: u64,
     pub(crate) memory_mib: u64,
     pub(crate) machine: Machine,
-    /// One of these pools must be seen by the host.
-    pub(crate) any_pool: BTreeSet<PoolId>,
+    /// Where no pool is given yet: what must be, or can be brought, into one that the host sees.
+    pub(crate) template: Option<FromTemplate>,
     /// Each of these pools must be seen by the host.
     pub(crate) all_pools: BTreeSet<PoolId>,
+}
+
+/// What a VM is made from, whose disks have no pool yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FromTemplate {
+    pub(crate) id: TemplateId,
+    /// Into this pool and no other.
+    pub(crate) only: Option<PoolId>,
 }
 
 /// Which emulated machine.
@@ -41,12 +52,11 @@ impl Need {
     pub(crate) fn of(world: &World, vm: &Vm) -> Self {
         let volumes = vm.volumes.iter().filter_map(|id| world.volumes.get(id));
         let all_pools: BTreeSet<PoolId> = volumes.map(|volume| volume.pool).collect();
-        // The boot blobs lie beside the first volume; a VM without one takes them from any pool of its template.
-        let any_pool = if all_pools.is_empty() {
-            template_pools(world, vm)
-        } else {
-            BTreeSet::new()
-        };
+        // The boot blobs lie beside the first volume; a VM without one takes them from any pool.
+        let template = all_pools.is_empty().then_some(FromTemplate {
+            id: vm.spec.template,
+            only: None,
+        });
         Self {
             name: vm.name.to_string(),
             vm: Some(vm.id),
@@ -56,25 +66,9 @@ impl Need {
                 machine: vm.layout.machine.clone(),
                 accelerator: vm.layout.accelerator,
             },
-            any_pool,
+            template,
             all_pools,
         }
-    }
-}
-
-/// The pools that hold the blobs of a VM's template.
-pub(crate) fn template_pools(world: &World, vm: &Vm) -> BTreeSet<PoolId> {
-    let template = world.templates.get(&vm.spec.template);
-    template
-        .map(|template| ready_pools(&template.state))
-        .unwrap_or_default()
-}
-
-/// The pools that hold the blobs of a template in this state.
-pub(crate) fn ready_pools(state: &model::template::TemplateState) -> BTreeSet<PoolId> {
-    match state {
-        model::template::TemplateState::Ready { pools } => pools.iter().copied().collect(),
-        _ => BTreeSet::new(),
     }
 }
 
@@ -99,7 +93,7 @@ pub(crate) fn verdict(world: &World, host: &Host, need: &Need) -> HostVerdict {
         Some(facts) => {
             machine_fits(host, &facts.hypervisor, need, &mut refused);
             pools_fit(world, host, need, &mut refused);
-            score = room(world, host, need, &mut refused);
+            score = room(world, host, need, &mut refused) + template_fits(world, host, need, &mut refused);
         }
     }
     HostVerdict {
@@ -153,14 +147,27 @@ fn pools_fit(world: &World, host: &Host, need: &Need, refused: &mut Vec<String>)
             need.name
         ));
     }
-    if need.all_pools.is_empty() && !need.any_pool.iter().any(sees) {
-        let pools: Vec<String> = need.any_pool.iter().take(3).map(name).collect();
-        refused.push(format!(
-            "{} sees none of the pools that hold the template ({}); mount one there",
-            host.name,
-            pools.join(", ")
-        ));
+}
+
+/// Checks that a pool of the host has the template or can get it; what the score gains when it has.
+fn template_fits(world: &World, host: &Host, need: &Need, refused: &mut Vec<String>) -> u32 {
+    let Some(from) = need.template else { return 0 };
+    match pool(world, host, from) {
+        Ok(pool) if has(world, from.id, pool.id) => HAS_TEMPLATE,
+        Ok(_) => 0,
+        Err(reason) => {
+            refused.push(reason);
+            0
+        }
     }
+}
+
+/// Whether a pool holds all blobs of a template.
+fn has(world: &World, template: TemplateId, pool: PoolId) -> bool {
+    world
+        .templates
+        .get(&template)
+        .is_some_and(|row| row.state.holding().contains(&pool))
 }
 
 /// Checks that there is room, and scores by what would be left: half for memory, half for CPU.
@@ -232,10 +239,76 @@ pub(crate) fn chosen(plan: &Plan, need: &Need, code: Code) -> Result<HostId, Box
     ))
 }
 
-/// The pool for a new VM on a host: one that holds the template, seen by the most hosts; equal ones: the lowest id.
-pub(crate) fn pool<'w>(world: &'w World, host: HostId, of: &BTreeSet<PoolId>) -> Option<&'w Pool> {
-    of.iter()
-        .filter_map(|id| world.pools.get(id))
-        .filter(|pool| pool.hosts.contains(&host))
-        .max_by_key(|pool| (pool.hosts.len(), std::cmp::Reverse(pool.id)))
+/// The pool for a new VM on a host: one that has the template before one into which it is brought already, before one that many hosts
+/// see; equal ones: the lowest id. Else why there is none.
+pub(crate) fn pool<'w>(world: &'w World, host: &Host, from: FromTemplate) -> Result<&'w Pool, String> {
+    let template = world.templates.get(&from.id);
+    let template = template.ok_or_else(|| format!("template {} is gone; choose another one", from.id))?;
+    let seen = world.pools.values().filter(|pool| pool.hosts.contains(&host.id));
+    let mut reasons = Vec::new();
+    let usable = seen.filter(|pool| from.only.is_none_or(|only| only == pool.id));
+    let usable = usable.filter(|pool| match why_not(world, host, template, pool) {
+        None => true,
+        Some(reason) => {
+            reasons.push(reason);
+            false
+        }
+    });
+    let comes = |pool: &Pool| template.state.touched().any(|touched| touched == pool.id);
+    let rank = |pool: &&Pool| {
+        let has = template.state.holding().contains(&pool.id);
+        (has, comes(pool), pool.hosts.len(), std::cmp::Reverse(pool.id))
+    };
+    if let Some(pool) = usable.max_by_key(rank) {
+        return Ok(pool);
+    }
+    Err(match (reasons.into_iter().next(), from.only) {
+        (Some(reason), _) => reason,
+        (None, Some(only)) => {
+            let name = world
+                .pools
+                .get(&only)
+                .map_or_else(|| only.to_string(), |pool| pool.name.to_string());
+            format!("{} does not see pool {name}; mount it there", host.name)
+        }
+        (None, None) => format!(
+            "{} has no pool for the VM's disk; start its agent with --pool NAME=DIRECTORY",
+            host.name
+        ),
+    })
+}
+
+/// Why a pool that a host sees cannot take a VM of a template: it does not answer, or the template is not there and cannot be brought.
+fn why_not(world: &World, host: &Host, template: &Template, pool: &Pool) -> Option<String> {
+    let facts = host
+        .status
+        .facts
+        .as_ref()?
+        .pools
+        .iter()
+        .find(|facts| facts.id == pool.id)?;
+    if facts.silent_since.is_some() {
+        return Some(format!(
+            "{}'s pool {} does not answer; repair its file system",
+            host.name, pool.name
+        ));
+    }
+    if template.state.holding().contains(&pool.id) {
+        return None;
+    }
+    let (needed, free) = (template.content.size_bytes(), facts.free_bytes);
+    if free < needed {
+        let (needed, free) = (needed.div_ceil(1 << 20), free >> 20);
+        return Some(format!(
+            "{}'s pool {} has {free} MiB free and template {} takes {needed}; free some",
+            host.name, pool.name, template.name
+        ));
+    }
+    templates::dropping_from(world, pool.id).map(|dropper| {
+        let by = crate::lifecycle::host_name(world, dropper);
+        format!(
+            "{by} still removes a template from pool {}; wait until it has",
+            pool.name
+        )
+    })
 }

@@ -8,7 +8,7 @@ use model::{
 };
 use uuid::Uuid;
 
-use crate::{hosts, index, lifecycle, moves, reconcile, stranded, txn::Txn, world::World};
+use crate::{hosts, index, lifecycle, moves, reconcile, stranded, templates, txn::Txn, world::World};
 
 /// One host's word about one VM.
 struct Said<'r> {
@@ -225,7 +225,10 @@ fn means(txn: &mut Txn<'_>, said: &Said<'_>, standing: Standing, stale: bool) {
     use Standing::{Destination, FormerSource, Holder, Source};
     let vm = said.vm;
     match (said.what, standing) {
-        (Happening::Running | Happening::Paused, Holder | Source) if !stale || said.inventory => power(txn, said),
+        (Happening::Running | Happening::Paused, Holder | Source) if !stale || said.inventory => {
+            templates::arrived(txn, vm, said.host);
+            power(txn, said);
+        }
         // Told to give up, it says that it has it.
         (Happening::Running, Destination) => moves::activated(txn, vm, said.revision, None),
         (Happening::Paused, Destination) if moves::arrives_paused(txn, vm) => {

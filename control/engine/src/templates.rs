@@ -1,11 +1,19 @@
-//! Templates: a host fetches and vets their blobs; they go when no VM is made from them. A ready template is in one pool.
+//! Templates: a host fetches and vets their blobs; they go when no VM is made from them.
+//!
+//! ```text
+//!   import ──▶ one pool has it ──▶ a VM goes to another pool: that is `fetching`, its host brings the blobs, which a holder lends
+//!                  Ready ◀────────── the VM runs, or its container waits: that pool has it too
+//!   delete ──▶ one order to a host of each pool that may have any; the last answer takes the template out of the world
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::{
     Code, HostId, Key, Millis, Name, Operation, OperationId, OperationKind, OperationState, Order, Outcome, PoolId,
     Refusal, Request, Row, Template, TemplateId, VmId,
     name::Reference,
     operation::TargetKind,
-    order::{Subject, TemplateOrder, TemplateReport, TemplateVerb},
+    order::{Holder, Lend, PoolBlobs, Subject, TemplateOrder, TemplateReport, TemplateSource, TemplateVerb},
     storage::Digest,
     template::{Boot, Content, IMPORT_MAX, Seed, TemplateState},
 };
@@ -13,6 +21,7 @@ use uuid::Uuid;
 
 use crate::{
     hosts, lifecycle,
+    placement::{self, FromTemplate},
     request::{self, Decision, Fresh, refuse},
     txn::{Txn, target},
     world::World,
@@ -26,6 +35,8 @@ const CMDLINE_MAX: usize = 1536;
 const BYTES_MAX: u64 = 64 << 40;
 /// Most memory that a template may ask for, MiB.
 const MEMORY_MAX_MIB: u64 = 1 << 20;
+/// Most hosts that are told to lend a template's blobs to one that lacks them.
+const HOLDERS_MAX: usize = 3;
 /// On behalf of none: what came too late is dropped again.
 const LATE: OperationId = OperationId(Uuid::nil());
 
@@ -183,22 +194,16 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
             format!("wait for it: `godwit op wait {held}`"),
         ));
     }
-    let place = dropper(world, template)?;
-    let blobs = own_blobs(world, id, template.content.blobs().map(|blob| blob.digest));
-    let place = place.filter(|_| !blobs.is_empty());
-    if let Some(importing) = place.and_then(|(_, pool)| imported_into(world, pool)) {
-        let message = format!("template {name} cannot be deleted while template {importing} is imported into its pool");
-        return Err(refuse(Code::Busy, message, "wait until that one is ready"));
-    }
+    let droppers = droppers(world, template)?;
     if request.dry_run {
         return Ok(Outcome::Done);
     }
     let operation = Fresh::of(request).operation(world)?;
     let target = target(TargetKind::Template, id.0, &name);
-    let Some((host, pool)) = place else {
+    if droppers.is_empty() {
         erase(txn, id);
         return request::done(txn, request, operation, OperationKind::DeleteTemplate, target);
-    };
+    }
     txn.edit_template(id, |template| template.state = TemplateState::Deleting);
     txn.notice_template(id, "template.deleting", String::new());
     let begun = request::begun(
@@ -210,33 +215,159 @@ pub(crate) fn delete(txn: &mut Txn<'_>, request: &Request, reference: &Reference
         DROP_MAX,
     );
     txn.begin_operation(begun);
-    order(txn, host, operation, id, pool, TemplateVerb::Drop { blobs });
+    for (host, first, others) in droppers {
+        let (pool, blobs) = (first.pool, first.blobs);
+        order(txn, host, operation, id, pool, TemplateVerb::Drop { blobs, others });
+    }
     request::outcome(txn, operation)
 }
 
-/// The host that drops the blobs, and the pool; `None` when none are anywhere.
-fn dropper(world: &World, template: &Template) -> Result<Option<(HostId, PoolId)>, Box<Refusal>> {
-    let pools = match &template.state {
-        TemplateState::Ready { pools } => pools.as_slice(),
-        TemplateState::Failed { pool: Some(pool), .. } => std::slice::from_ref(pool),
+/// A host, one of its pools with what goes from it, and its further pools.
+type Dropper = (HostId, PoolBlobs, Vec<PoolBlobs>);
+
+/// The hosts that drop the blobs, each with its pools and what goes from them; none when none are anywhere.
+fn droppers(world: &World, template: &Template) -> Result<Vec<Dropper>, Box<Refusal>> {
+    let mut pools: BTreeSet<PoolId> = template.state.touched().collect();
+    if let TemplateState::Failed { pool: None, .. } = template.state {
         // An older build did not say; imports go where this is.
-        TemplateState::Failed { pool: None, .. } => return Ok(importer(world)),
-        _ => return Ok(None),
-    };
+        pools.extend(importer(world).map(|(_, pool)| pool));
+    }
+    let mut of_hosts: BTreeMap<HostId, Vec<PoolBlobs>> = BTreeMap::new();
     // In a pool that no host sees any more there is nothing left to drop.
-    let pool = pools.first().and_then(|id| world.pools.get(id));
-    let Some(pool) = pool.filter(|pool| !pool.hosts.is_empty()) else {
-        return Ok(None);
+    let pools = pools.iter().filter_map(|id| world.pools.get(id));
+    for pool in pools.filter(|pool| !pool.hosts.is_empty()) {
+        let blobs = own_blobs(world, template.id, pool.id, &template.content);
+        if blobs.is_empty() {
+            continue;
+        }
+        if let Some(importing) = imported_into(world, pool.id) {
+            let name = &template.name;
+            let message =
+                format!("template {name} cannot be deleted while template {importing} is imported into its pool");
+            return Err(refuse(Code::Busy, message, "wait until that one is ready"));
+        }
+        let host = pool.hosts.iter().copied().find(|host| lifecycle::is_up(world, *host));
+        let host = host.ok_or_else(|| {
+            let message = format!("template {}: no connected host sees pool {}", template.name, pool.name);
+            refuse(
+                Code::HostUnreachable,
+                message,
+                "let a host of that pool connect, then ask again",
+            )
+        })?;
+        of_hosts
+            .entry(host)
+            .or_default()
+            .push(PoolBlobs { pool: pool.id, blobs });
+    }
+    let split = of_hosts.into_iter().filter_map(|(host, mut pools)| {
+        let others = pools.split_off(1);
+        Some((host, pools.pop()?, others))
+    });
+    Ok(split.collect())
+}
+
+/// A template's blobs, and the hosts that lend them to one that lacks them.
+pub(crate) fn source(world: &World, template: &Template, pool: PoolId, to: HostId) -> TemplateSource {
+    TemplateSource {
+        name: template.name.clone(),
+        blobs: template.content.blobs().collect(),
+        holders: holders(world, template, pool, to)
+            .into_iter()
+            .map(|(holder, _)| holder)
+            .collect(),
+    }
+}
+
+/// Connected hosts that see another pool which has the template, each with one such pool; none where this pool has it.
+fn holders(world: &World, template: &Template, pool: PoolId, to: HostId) -> Vec<(Holder, PoolId)> {
+    let holding = template.state.holding();
+    if holding.contains(&pool) {
+        return Vec::new();
+    }
+    let pools = holding.iter().filter_map(|id| world.pools.get(id));
+    let seen = pools.flat_map(|pool| pool.hosts.iter().map(|host| (*host, pool.id)));
+    let up = seen.filter(|(host, _)| *host != to && lifecycle::is_up(world, *host));
+    let known = up.filter_map(|(host, pool)| {
+        let facts = world.host(host)?.status.facts.as_ref()?;
+        let (address, peer_port) = (facts.address, facts.peer_port);
+        let holder = Holder {
+            host,
+            address,
+            peer_port,
+        };
+        Some((host, (holder, pool)))
+    });
+    let each: BTreeMap<HostId, (Holder, PoolId)> = known.collect();
+    each.into_values().take(HOLDERS_MAX).collect()
+}
+
+/// A host is about to be ordered to make or take in a VM in a pool: where that lacks the template, it is noted that it may soon hold
+/// parts of it, and those that have it are told to lend it. Idempotent; to be called before the order is sent.
+pub(crate) fn bring(txn: &mut Txn<'_>, id: TemplateId, pool: PoolId, to: HostId) {
+    let world = txn.world();
+    let Some(template) = world.template(id) else { return };
+    if template.state.holding().contains(&pool) {
+        return;
+    }
+    let mut blobs: Vec<Digest> = template.content.blobs().map(|blob| blob.digest).collect();
+    blobs.dedup();
+    let holders = holders(world, template, pool, to);
+    txn.edit_template(id, |template| {
+        if let TemplateState::Ready { fetching, .. } = &mut template.state
+            && !fetching.contains(&pool)
+        {
+            fetching.push(pool);
+        }
+    });
+    for (holder, pool) in holders {
+        let lend = Lend {
+            epoch: txn.transient().epoch,
+            template: id,
+            pool,
+            to,
+            blobs: blobs.clone(),
+        };
+        txn.send(holder.host, Order::Lend(lend));
+    }
+}
+
+/// How long what makes a VM in a pool may take: longer where the template is brought there first.
+pub(crate) fn allowed(world: &World, id: TemplateId, pool: PoolId, allowed: Millis) -> Millis {
+    let has = world
+        .template(id)
+        .is_some_and(|row| row.state.holding().contains(&pool));
+    if has { allowed } else { Millis(allowed.0 + IMPORT_MAX.0) }
+}
+
+/// A VM runs, or its container waits: the pool that it was made in has the whole template.
+pub(crate) fn arrived(txn: &mut Txn<'_>, vm: VmId, host: HostId) {
+    let world = txn.world();
+    let Some((vm, host)) = world.vm(vm).zip(world.host(host)) else {
+        return;
     };
-    let host = pool.hosts.iter().copied().find(|host| lifecycle::is_up(world, *host));
-    host.map(|host| Some((host, pool.id))).ok_or_else(|| {
-        let message = format!("template {}: no connected host sees pool {}", template.name, pool.name);
-        refuse(
-            Code::HostUnreachable,
-            message,
-            "let a host of that pool connect, then ask again",
-        )
-    })
+    let id = vm.spec.template;
+    let disk = vm.volumes.first().and_then(|id| world.volumes.get(id));
+    let from = FromTemplate { id, only: None };
+    let pool = match disk {
+        Some(disk) => Some(disk.pool),
+        None => placement::pool(world, host, from).ok().map(|pool| pool.id),
+    };
+    if let Some(pool) = pool {
+        arrived_in(txn, id, pool);
+    }
+}
+
+/// A pool has the whole template, by the word of a host that was told to bring it there.
+pub(crate) fn arrived_in(txn: &mut Txn<'_>, id: TemplateId, pool: PoolId) {
+    txn.edit_template(id, |template| {
+        if let TemplateState::Ready { pools, fetching } = &mut template.state
+            && let Some(at) = fetching.iter().position(|fetched| *fetched == pool)
+        {
+            fetching.remove(at);
+            pools.push(pool);
+        }
+    });
 }
 
 /// The template that a host imports into a pool now, if any. What its disk becomes is not known before it is there, so no blob of
@@ -258,10 +389,13 @@ fn imported_into(world: &World, pool: PoolId) -> Option<String> {
 
 /// The host that has yet to say that it dropped blobs from a pool, if any. What comes in meanwhile might be among them, and would be
 /// taken for there.
-fn dropping_from(world: &World, pool: PoolId) -> Option<HostId> {
+pub(crate) fn dropping_from(world: &World, pool: PoolId) -> Option<HostId> {
     let from_there = |order: &Order| {
-        matches!(order, Order::Template(order)
-            if order.pool == pool && matches!(order.verb, TemplateVerb::Drop { .. }))
+        let Order::Template(order) = order else { return false };
+        let TemplateVerb::Drop { others, .. } = &order.verb else {
+            return false;
+        };
+        order.pool == pool || others.iter().any(|other| other.pool == pool)
     };
     let hosts = world.pools.get(&pool).into_iter().flat_map(|pool| &pool.hosts);
     hosts.copied().find(|host| {
@@ -272,14 +406,22 @@ fn dropping_from(world: &World, pool: PoolId) -> Option<HostId> {
     })
 }
 
-/// Those of a template's blobs that no other template has.
-fn own_blobs(world: &World, template: TemplateId, blobs: impl Iterator<Item = Digest>) -> Vec<Digest> {
+/// Those of a template's blobs that no other template may have in that pool.
+fn own_blobs(world: &World, template: TemplateId, pool: PoolId, content: &Content) -> Vec<Digest> {
     let others = world.templates.values().filter(|other| other.id != template);
-    let kept: std::collections::BTreeSet<Digest> = others
+    let may_be_here = |other: &&Template| match &other.state {
+        state @ (TemplateState::Ready { .. } | TemplateState::Failed { pool: Some(_), .. }) => {
+            state.touched().any(|touched| touched == pool)
+        }
+        // Where it is, or goes, is not written down.
+        _ => true,
+    };
+    let kept: BTreeSet<Digest> = others
+        .filter(|other| may_be_here(&&***other))
         .flat_map(|other| other.content.blobs())
         .map(|blob| blob.digest)
         .collect();
-    let mut own: Vec<Digest> = blobs.collect();
+    let mut own: Vec<Digest> = content.blobs().map(|blob| blob.digest).collect();
     own.retain(|digest| !kept.contains(digest));
     own.sort_unstable();
     own.dedup();
@@ -320,16 +462,20 @@ pub(crate) fn report(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
                     asked.format = converted.format;
                     asked.size_bytes = converted.size_bytes.clamp(1, BYTES_MAX);
                 }
-                template.state = TemplateState::Ready { pools };
+                template.state = TemplateState::Ready {
+                    pools,
+                    fetching: Vec::new(),
+                };
             });
             txn.notice_template(id, "template.ready", String::new());
             txn.finish(order.operation, OperationState::Succeeded);
         }
+        (TemplateVerb::Drop { .. }, None) if !orders_of(txn.world(), id, order.operation).is_empty() => {}
         (TemplateVerb::Drop { .. }, None) => {
             erase(txn, id);
             txn.finish(order.operation, OperationState::Succeeded);
         }
-        (_, Some(reason)) => failed(txn, id, order.operation, Some(order.pool), reason.clone()),
+        (_, Some(reason)) => failed(txn, id, order.operation, pools_of(&order), reason.clone()),
     }
 }
 
@@ -350,7 +496,7 @@ fn late(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
     if !given_up || !sees || busy {
         return;
     }
-    let blobs = own_blobs(world, report.template, content.blobs().map(|blob| blob.digest));
+    let blobs = own_blobs(world, report.template, report.pool, content);
     if !blobs.is_empty() {
         order(
             txn,
@@ -358,16 +504,49 @@ fn late(txn: &mut Txn<'_>, host: HostId, report: &TemplateReport) {
             LATE,
             report.template,
             report.pool,
-            TemplateVerb::Drop { blobs },
+            TemplateVerb::Drop {
+                blobs,
+                others: Vec::new(),
+            },
         );
     }
 }
 
-/// `pool` may hold some of its blobs.
-fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, pool: Option<PoolId>, reason: Refusal) {
+/// The pools that an order is about.
+fn pools_of(order: &TemplateOrder) -> Vec<PoolId> {
+    let others = match &order.verb {
+        TemplateVerb::Drop { others, .. } => others.as_slice(),
+        TemplateVerb::Fetch { .. } => &[],
+    };
+    std::iter::once(order.pool)
+        .chain(others.iter().map(|other| other.pool))
+        .collect()
+}
+
+/// The orders of an operation that hosts have not answered.
+fn orders_of(world: &World, id: TemplateId, operation: OperationId) -> Vec<(HostId, TemplateOrder)> {
+    let orders = world
+        .hosts
+        .keys()
+        .filter_map(|host| Some((*host, waiting(world, *host, id)?)));
+    let orders = orders.filter(|(_, order)| order.operation == operation);
+    orders.map(|(host, order)| (host, order.clone())).collect()
+}
+
+/// `pools` may hold some of its blobs, and so may those of which other hosts have not told: they are not waited for.
+fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, mut pools: Vec<PoolId>, reason: Refusal) {
+    for (host, order) in orders_of(txn.world(), id, operation) {
+        pools.extend(pools_of(&order));
+        txn.delete(Key::Outbox(host, Subject::Template(id)));
+    }
+    pools.sort_unstable();
+    pools.dedup();
+    let others = pools.split_off(pools.len().min(1));
+    let pool = pools.pop();
     let state = TemplateState::Failed {
         reason: reason.clone(),
         pool,
+        others,
     };
     txn.edit_template(id, |template| template.state = state);
     txn.notice_template(id, "template.failed", reason.message.clone());
@@ -378,16 +557,8 @@ fn failed(txn: &mut Txn<'_>, id: TemplateId, operation: OperationId, pool: Optio
 pub(crate) fn expire(txn: &mut Txn<'_>, operation: &Operation) {
     let id = TemplateId(operation.target.id);
     let world = txn.world();
-    let host = world
-        .hosts
-        .keys()
-        .copied()
-        .find(|host| waiting(world, *host, id).is_some_and(|order| order.operation == operation.id));
+    let host = orders_of(world, id, operation.id).first().map(|(host, _)| *host);
     let by = host.map_or_else(|| "its host".to_owned(), |host| lifecycle::host_name(world, host));
-    let pool = host.and_then(|host| waiting(world, host, id)).map(|order| order.pool);
-    if let Some(host) = host {
-        txn.delete(Key::Outbox(host, Subject::Template(id)));
-    }
     let message = format!(
         "{} of template {}: {by} did not finish in time",
         operation.kind.name(),
@@ -398,7 +569,7 @@ pub(crate) fn expire(txn: &mut Txn<'_>, operation: &Operation) {
         operation.target.name
     );
     let reason = Refusal::new(Code::TimedOut, message).hint(hint);
-    failed(txn, id, operation.id, pool, reason);
+    failed(txn, id, operation.id, Vec::new(), reason);
 }
 
 /// Names of the templates about which a host has an order.
@@ -420,26 +591,23 @@ pub(crate) fn abandon(txn: &mut Txn<'_>, host: HostId) {
     let rows = txn.world().outbox.range((host, crate::subject_min())..);
     let rows = rows.take_while(|((of, _), _)| *of == host);
     let orders = rows.filter_map(|(_, row)| match &row.order {
-        Order::Template(order) if order.operation != LATE => Some((order.template, order.operation, order.pool)),
+        Order::Template(order) if order.operation != LATE => Some((order.template, order.operation, pools_of(order))),
         _ => None,
     });
-    let orders: Vec<(TemplateId, OperationId, PoolId)> = orders.collect();
+    let orders: Vec<(TemplateId, OperationId, Vec<PoolId>)> = orders.collect();
     let name = lifecycle::host_name(txn.world(), host);
-    for (id, operation, pool) in orders {
+    for (id, operation, pools) in orders {
         let message = format!("host {name} was removed before it had done its part");
         let reason = Refusal::new(Code::HostUnreachable, message).hint("delete the template, then import it again");
-        failed(txn, id, operation, Some(pool), reason);
+        failed(txn, id, operation, pools, reason);
     }
 }
 
 /// Takes a template out of the world, and pools that only it kept.
 fn erase(txn: &mut Txn<'_>, id: TemplateId) {
-    let pools = txn
-        .world()
-        .template(id)
-        .map(|row| crate::placement::ready_pools(&row.state))
-        .unwrap_or_default();
+    let unseen = txn.world().pools.values().filter(|pool| pool.hosts.is_empty());
+    let unseen: Vec<PoolId> = unseen.map(|pool| pool.id).collect();
     txn.notice_template(id, "template.deleted", String::new());
     txn.delete(Key::Template(id));
-    pools.into_iter().for_each(|pool| hosts::forget_pool(txn, pool));
+    unseen.into_iter().for_each(|pool| hosts::forget_pool(txn, pool));
 }

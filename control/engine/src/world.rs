@@ -205,6 +205,7 @@ impl World {
                 Order::Vm(order) => order.epoch = epoch,
                 Order::Template(order) => order.epoch = epoch,
                 Order::Port(order) => order.epoch = epoch,
+                Order::Lend(order) => order.epoch = epoch,
                 Order::Relay(_) => {}
             }
         }

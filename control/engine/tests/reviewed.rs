@@ -362,7 +362,7 @@ fn an_import_that_succeeds_too_late_is_dropped_again() {
     let blobs = vec![Digest([0xcc; 32])];
     assert_eq!(
         (to, order.pool, &order.verb),
-        (host, fetch.pool, &TemplateVerb::Drop { blobs })
+        (host, fetch.pool, &TemplateVerb::Drop { blobs, others: vec![] })
     );
     dropped(&mut cell, host, &order);
     assert_eq!(cell.world.outbox(host).count(), 0);
@@ -380,7 +380,7 @@ fn a_failed_template_is_deleted_with_what_it_may_have_left() {
     cell.ask(Command::DeleteTemplate(by_name("bad"))).unwrap();
     let (to, order) = template_order(&cell);
     let blobs = vec![Digest([9; 32])];
-    assert_eq!((to, &order.verb), (host, &TemplateVerb::Drop { blobs }));
+    assert_eq!((to, &order.verb), (host, &TemplateVerb::Drop { blobs, others: vec![] }));
     dropped(&mut cell, host, &order);
     assert!(cell.world.template(fetch.template).is_none());
 }

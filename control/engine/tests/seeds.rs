@@ -223,6 +223,7 @@ impl Run {
                 revision: order.port.policy.revision,
                 refused: None,
             })),
+            Order::Lend(_) => {}
             Order::Relay(_) => {}
         }
     }

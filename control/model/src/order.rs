@@ -12,7 +12,7 @@ use crate::{
     operation::Progress,
     seed::GuestSeed,
     storage::{Digest, Format},
-    template::{Boot, Content},
+    template::{Blob, Boot, Content},
 };
 
 /// What a host is told to do. Every order is idempotent: it may arrive again after a lost connection.
@@ -27,6 +27,8 @@ pub enum Order {
     Port(Box<PortOrder>),
     /// A word of the other agent about a hand-over, where their own connection is cut.
     Relay(Relay),
+    /// Another host may fetch blobs from this one. Not kept and not answered: who does not get them there gets them elsewhere.
+    Lend(Lend),
 }
 
 /// What a host is told to do with a VM.
@@ -147,6 +149,46 @@ pub struct Definition {
     pub volumes: Vec<VolumeUse>,
     /// Its network cards.
     pub ports: Vec<PortUse>,
+    /// The template's blobs and where they can be had, for a pool that may lack them; absent from older controllers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateSource>,
+}
+
+/// A template's blobs, and who has them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateSource {
+    /// The template's name, for people who watch.
+    pub name: Name,
+    /// All its blobs.
+    pub blobs: Vec<Blob>,
+    /// Hosts that have all of them and were told to lend them, the first to be asked first; then the controller.
+    pub holders: Vec<Holder>,
+}
+
+/// A host that lends blobs: where its agent listens for other agents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The host.
+    pub host: HostId,
+    /// Its address.
+    pub address: std::net::IpAddr,
+    /// Port of its agent.
+    pub peer_port: u16,
+}
+
+/// Which blobs one host lends to another. Without it no host says which blobs it has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lend {
+    /// Which leader says so.
+    pub epoch: Epoch,
+    /// The template that they belong to.
+    pub template: TemplateId,
+    /// The pool that they lie in.
+    pub pool: PoolId,
+    /// To whom.
+    pub to: HostId,
+    /// The blobs.
+    pub blobs: Vec<Digest>,
 }
 
 /// Where a volume lies.
@@ -256,7 +298,19 @@ pub enum TemplateVerb {
     Drop {
         /// Blobs that no other template has.
         blobs: Vec<Digest>,
+        /// The same for further pools of this host.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        others: Vec<PoolBlobs>,
     },
+}
+
+/// Blobs of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolBlobs {
+    /// The pool.
+    pub pool: PoolId,
+    /// The blobs.
+    pub blobs: Vec<Digest>,
 }
 
 /// A word of one agent to the other about a hand-over.
@@ -452,6 +506,7 @@ impl Order {
             Self::Template(order) => Subject::Template(order.template),
             Self::Port(order) => Subject::Port(order.port.port),
             Self::Relay(relay) => Subject::Vm(relay.vm),
+            Self::Lend(lend) => Subject::Template(lend.template),
         }
     }
 }

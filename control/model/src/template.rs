@@ -100,6 +100,9 @@ pub enum TemplateState {
     Ready {
         /// Pools that hold all its blobs.
         pools: Vec<PoolId>,
+        /// Pools into which hosts were told to fetch them: they may hold some.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        fetching: Vec<PoolId>,
     },
     /// Vetting or fetching failed.
     Failed {
@@ -108,9 +111,33 @@ pub enum TemplateState {
         /// The pool that may hold some of its blobs; absent where none was chosen, or by an older build.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pool: Option<PoolId>,
+        /// Further pools that may.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        others: Vec<PoolId>,
     },
     /// Being deleted.
     Deleting,
+}
+
+impl TemplateState {
+    /// The pools that hold all its blobs.
+    #[must_use]
+    pub fn holding(&self) -> &[PoolId] {
+        match self {
+            Self::Ready { pools, .. } => pools,
+            _ => &[],
+        }
+    }
+
+    /// The pools that may hold any of its blobs, as far as is known.
+    pub fn touched(&self) -> impl Iterator<Item = PoolId> + '_ {
+        let (first, more): (&[PoolId], &[PoolId]) = match self {
+            Self::Ready { pools, fetching } => (pools, fetching),
+            Self::Failed { pool, others, .. } => (pool.as_slice(), others),
+            Self::Importing | Self::Deleting => (&[], &[]),
+        };
+        first.iter().chain(more).copied()
+    }
 }
 
 impl Content {
@@ -121,5 +148,12 @@ impl Content {
             Boot::Bios => [None, None],
         };
         boot.into_iter().flatten().chain(self.disk.map(|disk| disk.blob))
+    }
+
+    /// What all of them take in a pool, bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.blobs()
+            .fold(0, |total: u64, blob| total.saturating_add(blob.size_bytes))
     }
 }

@@ -473,7 +473,7 @@ fn outbox_revision(order: &Order) -> u64 {
     match order {
         Order::Vm(order) => order.revision.0,
         Order::Port(order) => order.port.policy.revision.0,
-        Order::Template(_) | Order::Relay(_) => 0,
+        Order::Template(_) | Order::Relay(_) | Order::Lend(_) => 0,
     }
 }
 

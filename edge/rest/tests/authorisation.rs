@@ -214,7 +214,10 @@ fn things(project: ProjectId) -> Vec<Change> {
             project,
             name: name("t"),
             content,
-            state: TemplateState::Ready { pools: Vec::new() },
+            state: TemplateState::Ready {
+                pools: Vec::new(),
+                fetching: Vec::new(),
+            },
             created_at: at,
         })),
         Row::Vm(Box::new(Vm {

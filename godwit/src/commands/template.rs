@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::ArgValueCompleter;
 use model::{
-    Name, Template as View,
+    Name, PoolId, Template as View,
     name::Reference,
     storage::Format,
     template::{Boot, Content, Disk, Seed, TemplateState},
@@ -276,10 +276,16 @@ fn facts(view: View, names: &BTreeMap<String, String>) -> String {
             let next = next.cloned().unwrap_or_else(|| go_on(&view.name));
             lines.extend([("reason", reason.message.clone()), ("next", next)]);
         }
-        TemplateState::Ready { pools } => {
+        TemplateState::Ready { pools, fetching } => {
             let called = |id: String| names.get(&id).cloned().unwrap_or(id);
-            let pools: Vec<String> = pools.iter().map(|pool| called(pool.to_string())).collect();
-            lines.push(("pools", pools.join(", ")));
+            let named = |pools: &[PoolId]| {
+                let pools: Vec<String> = pools.iter().map(|pool| called(pool.to_string())).collect();
+                pools.join(", ")
+            };
+            lines.push(("pools", named(pools)));
+            if !fetching.is_empty() {
+                lines.push(("fetched into", named(fetching)));
+            }
         }
         TemplateState::Importing | TemplateState::Deleting => {}
     }

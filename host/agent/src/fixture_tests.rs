@@ -2,16 +2,16 @@
 //! agent does.
 #![allow(clippy::unwrap_used, reason = "a test ends where its promise is broken")]
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::SystemTime};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use identity::{ClusterAuthority, Fingerprint, NodeIdentity, NodeKey, Role};
-use model::HostId;
+use model::{HostId, PoolId};
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::{
     AgentConfig, Membership, facts, journal,
-    shared::{Parts, Shared},
+    shared::{NamedPool, Parts, Shared},
     tunnel,
 };
 
@@ -24,6 +24,11 @@ pub(crate) struct Cell {
 /// Its `n`th host.
 pub(crate) fn host_id(n: u128) -> HostId {
     HostId(Uuid::from_u128(0x100 + n))
+}
+
+/// Its pool.
+pub(crate) fn pool_id(n: u128) -> PoolId {
+    PoolId(Uuid::from_u128(0x500 + n))
 }
 
 /// The configuration of an agent in `dir`.
@@ -76,6 +81,11 @@ impl Cell {
         let boot = facts::boot_id().unwrap();
         let program = qemu::Program::locate(Some(&config.qemu));
         let capabilities = qemu::discover(&program).await.unwrap();
+        let pool = NamedPool {
+            name: "local".parse().unwrap(),
+            pool: image::Pool::open(&dir.join("pool")).unwrap(),
+            room: Arc::default(),
+        };
         Shared::new(Parts {
             membership: Membership {
                 version: 1,
@@ -90,7 +100,7 @@ impl Cell {
             network: network::Network::open().unwrap(),
             desks: crate::desks::Common::new().unwrap(),
             policies: crate::policies::Policies::open(config.state_dir.join("ports")).unwrap(),
-            pools: BTreeMap::new(),
+            pools: [(pool_id(n), Arc::new(pool))].into(),
             identity: self.identity(n),
             journal: journal::Journal::open(&config.journal_path(), boot).unwrap(),
             tunnels: tunnel::Program::open(&config.exe).unwrap(),

@@ -15,6 +15,7 @@
 //! - Whoever speaks over a connection speaks only for the host or controller in its certificate.
 //! - Hand-overs that a restart left open are settled before new work is taken.
 
+mod blobs;
 mod config;
 mod console;
 mod desks;

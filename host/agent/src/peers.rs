@@ -1,4 +1,4 @@
-//! Words between two agents about a hand-over, and what the guest missed in it, over their own mutual TLS connection.
+//! Words between two agents about a hand-over, what the guest missed in it, and blobs lent, over their own mutual TLS connections.
 //!
 //! ```text
 //!   source's agent ── dials when a copy begins ──▶ destination's agent      words go both ways on it
@@ -19,7 +19,10 @@ use std::{
 };
 
 use identity::{Role, tls};
-use model::{HostId, Report, order::Relay};
+use model::{
+    Digest, HostId, Report,
+    order::{Holder, Relay},
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -29,6 +32,7 @@ use tokio::{
 use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
 
 use crate::{
+    blobs::{self, Lender},
     shared::Shared,
     standstill::{self, Portion},
 };
@@ -45,12 +49,16 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Between two tries to accept a connection where that failed: descriptors do not come back at once.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const HEARTBEAT: Duration = Duration::from_secs(2);
+/// A host that lends waits for the controller's word, and for its turn.
+const BORROW_MAX: Duration = Duration::from_secs(40);
+/// Longest reason of another host, characters.
+const REASON_MAX: usize = 300;
 /// After this long without a byte the connection is lost.
 const LOST_AFTER: Duration = Duration::from_secs(10);
 
 /// Why a connection between agents ended.
 #[derive(Debug, thiserror::Error)]
-enum LinkError {
+pub(crate) enum LinkError {
     #[error("the connection failed")]
     Io(#[from] std::io::Error),
     #[error("the other side is not the host that was expected")]
@@ -61,6 +69,8 @@ enum LinkError {
     Version,
     #[error("the other side was silent for too long")]
     Silent,
+    #[error("{0}")]
+    NotLent(String),
 }
 
 /// The connections to other agents.
@@ -177,6 +187,47 @@ async fn dial(
     talk(shared, host, stream, decoder, queues).await
 }
 
+/// Asks a host for a blob from its `from`th byte on: a stream of them, and how many the blob has in all.
+pub(crate) async fn borrow(
+    shared: &Shared,
+    holder: Holder,
+    digest: Digest,
+    from_bytes: u64,
+) -> Result<(Box<dyn Lender>, u64), LinkError> {
+    let config = tls::to_host(&shared.identity(), holder.host.0)?;
+    let stream = timeout(HANDSHAKE_MAX, TcpStream::connect((holder.address, holder.peer_port)))
+        .await
+        .map_err(|_| LinkError::Silent)??;
+    let mut stream = tls::connect(&Arc::new(config), tls::unnamed(), stream, HANDSHAKE_MAX).await?;
+    let borrow = Peer::Borrow {
+        version_min: wire::VERSION_MIN,
+        version_max: wire::VERSION_MAX,
+        digest,
+        from_bytes,
+    };
+    put(&mut stream, &borrow).await?;
+    match timeout(BORROW_MAX, next_exactly(&mut stream))
+        .await
+        .map_err(|_| LinkError::Silent)??
+    {
+        Peer::Lent { size_bytes } => Ok((Box::new(stream), size_bytes)),
+        Peer::NotLent { reason } => Err(LinkError::NotLent(reason.chars().take(REASON_MAX).collect())),
+        _ => Err(LinkError::Version),
+    }
+}
+
+/// The next frame of a stream on which something else than frames may follow.
+async fn next_exactly<S: AsyncRead + Unpin>(stream: &mut S) -> Result<Peer, LinkError> {
+    let mut decoder = Decoder::new(FRAME_BYTES_MAX);
+    loop {
+        if let Some(frame) = decoder.next_message()? {
+            return Ok(frame);
+        }
+        // Frames of words are short, and this is read once: what follows must stay in the stream.
+        decoder.push(&[stream.read_u8().await?]);
+    }
+}
+
 /// Accepts other agents' connections for as long as the agent lives.
 pub(crate) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
@@ -220,6 +271,14 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
             version_min,
             version_max,
         }) => wire::negotiate(version_min, version_max),
+        Some(Peer::Borrow {
+            version_min,
+            version_max,
+            digest,
+            from_bytes,
+        }) if wire::negotiate(version_min, version_max).is_some() => {
+            return blobs::lend(shared, host, digest, from_bytes, &mut stream).await;
+        }
         _ => None,
     };
     let version = version.ok_or(LinkError::Version)?;
@@ -291,7 +350,7 @@ async fn say_all<S: AsyncWrite + Unpin>(mut to: S, mut queues: Queues) -> Result
 }
 
 /// Sends a frame; one that is not taken in time ends the connection.
-async fn put<S: AsyncWrite + Unpin>(stream: &mut S, frame: &Peer) -> Result<(), LinkError> {
+pub(crate) async fn put<S: AsyncWrite + Unpin>(stream: &mut S, frame: &Peer) -> Result<(), LinkError> {
     let bytes = wire::encode(frame, FRAME_BYTES_MAX)?;
     timeout(LOST_AFTER, async {
         stream.write_all(&bytes).await?;

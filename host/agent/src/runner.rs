@@ -22,26 +22,30 @@ use std::{
 use driver::{Action, Happened, Launch, Mode};
 use image::{Base, VolumeRequest};
 use model::{
-    Code, Definition, Message, PortId, Refusal, Report, VmId,
+    Code, Definition, Message, OperationId, PortId, Refusal, Report, VmId,
     order::{PortUse, Relay, VolumePlace},
     template::Boot,
 };
 use network::{Port, Tap};
 use qemu::{Given, GivenKernel, GivenVolume, Pinned};
 use task::{Effect, Input, Missed, Peer, Role, Task, Timer, Tunnel as TunnelWish, TunnelEvent};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
+    blobs,
     console::Serial,
     desks::{self, Desks},
     journal,
     ports::{self, Found, Ports},
     portstate::To,
     seeds,
-    shared::{Shared, Shown, lock},
+    shared::{NamedPool, Shared, Shown, lock},
     standstill::{Move, Standstill},
     telemetry::Watched,
-    template::{chain, fetch_blob, named},
+    template::{chain, named},
     tunnels::Tunnel,
 };
 
@@ -99,6 +103,7 @@ pub(crate) fn start(
         shown,
         machine: None,
         given: None,
+        preparing: None,
         ports: Ports::default(),
         desks: Desks::default(),
         tunnel: None,
@@ -129,6 +134,8 @@ struct Runner {
     machine: Option<qemu::Vm>,
     /// What a process that is about to start gets.
     given: Option<Given>,
+    /// Dropped when what is being prepared is not wanted any more: nobody then waits for a template to be fetched.
+    preparing: Option<oneshot::Sender<()>>,
     ports: Ports,
     desks: Desks,
     tunnel: Option<Tunnel>,
@@ -228,6 +235,9 @@ impl Runner {
         tracing::debug!(vm = %self.vm, ?input, "input");
         let effects = self.task.step(input);
         self.end_deaf.store(self.task.ends_deaf(), Ordering::Release);
+        if self.task.is_given_up() {
+            self.preparing = None;
+        }
         self.carry_out(effects).await;
         self.gone = self.task.is_gone();
     }
@@ -283,10 +293,13 @@ impl Runner {
         }
     }
 
-    fn prepare(&self, definition: Box<Definition>, mode: Mode) {
+    fn prepare(&mut self, definition: Box<Definition>, mode: Mode) {
         let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
+        let operation = self.task.saved().operation;
+        let (wanted, given_up) = oneshot::channel();
+        self.preparing = Some(wanted);
         tokio::spawn(async move {
-            let prepared = prepare(&shared, definition, mode).await;
+            let prepared = prepare(&shared, definition, mode, operation, given_up).await;
             // The runner outlives its work.
             let _ = back.send(Fed::Prepared(prepared)).await;
         });
@@ -543,14 +556,20 @@ async fn until(at: Option<Instant>) {
 }
 
 /// Fetches blobs that are missing, makes or finds volumes, makes the taps.
-async fn prepare(shared: &Arc<Shared>, definition: Box<Definition>, mode: Mode) -> Result<Prepared, Refusal> {
+async fn prepare(
+    shared: &Arc<Shared>,
+    definition: Box<Definition>,
+    mode: Mode,
+    operation: Option<OperationId>,
+    given_up: oneshot::Receiver<()>,
+) -> Result<Prepared, Refusal> {
     let home = named(shared, definition.pool)?;
-    if let Boot::Direct { kernel, initrd, .. } = &definition.boot {
-        fetch_blob(shared, &home, *kernel).await?;
-        fetch_blob(shared, &home, *initrd).await?;
+    let vm = definition.vm;
+    tokio::select! {
+        fetched = fetch(shared, &home, &definition, operation) => fetched?,
+        _ = given_up => return Err(Refusal::new(Code::Cancelled, format!("VM {vm}: its start was given up"))),
     }
     let shared = Arc::clone(shared);
-    let vm = definition.vm;
     tokio::task::spawn_blocking(move || build(&shared, definition, mode))
         .await
         .map_err(|_| Refusal::new(Code::HostFailed, format!("VM {vm}: preparing it broke off")))?
@@ -564,6 +583,23 @@ fn attach(shared: &Shared, vm: VmId, port: &PortUse) -> Result<(OwnedFd, Port), 
     let judged = shared.policies.prepare(&shared.network, port);
     judged.map_err(|error| failed("the rules of its network port were not set", chain(&error)))?;
     Ok((tap.fd, tap.port))
+}
+
+/// Fetches what the VM's pool lacks of its template.
+async fn fetch(
+    shared: &Arc<Shared>,
+    home: &Arc<NamedPool>,
+    definition: &Definition,
+    operation: Option<OperationId>,
+) -> Result<(), Refusal> {
+    match (&definition.template, &definition.boot) {
+        (Some(template), _) => blobs::ensure(shared, home, template, operation).await,
+        (None, Boot::Direct { kernel, initrd, .. }) => {
+            blobs::fetch(shared, home, *kernel, &[], |_| {}).await?;
+            blobs::fetch(shared, home, *initrd, &[], |_| {}).await
+        }
+        (None, Boot::Bios) => Ok(()),
+    }
 }
 
 fn build(shared: &Shared, definition: Box<Definition>, mode: Mode) -> Result<Prepared, Refusal> {

@@ -194,6 +194,7 @@ mod tests {
             seed: None,
         };
         Definition {
+            template: None,
             vm: VmId(Uuid::from_u128(1)),
             name: "web1".parse().unwrap(),
             layout: layout.with_seed(),

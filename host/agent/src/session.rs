@@ -150,13 +150,18 @@ pub(crate) async fn ask_standing(controller: &str, identity: &NodeIdentity) -> R
     Err(refused(answer).await)
 }
 
+/// Why the controller turned a request down, if it says so in words.
+pub(crate) async fn problem_of(body: Incoming) -> Option<Refusal> {
+    let body = Limited::new(body, PROBLEM_BYTES_MAX).collect();
+    let body = timeout(CONNECT_MAX, body).await.ok().and_then(Result::ok)?;
+    let problem = serde_json::from_slice::<Problem>(&body.to_bytes()).ok();
+    problem.map(Problem::into_refusal)
+}
+
 /// Why a session was not begun.
 async fn refused(answer: Response<Incoming>) -> SessionError {
     let status = answer.status();
-    let body = Limited::new(answer.into_body(), PROBLEM_BYTES_MAX).collect();
-    let body = timeout(CONNECT_MAX, body).await.ok().and_then(Result::ok);
-    let problem = body.and_then(|body| serde_json::from_slice::<Problem>(&body.to_bytes()).ok());
-    match problem.map(Problem::into_refusal) {
+    match problem_of(answer.into_body()).await {
         Some(refusal) if refusal.code == Code::Forbidden => SessionError::Removed(refusal),
         Some(refusal) => SessionError::Refused(refusal),
         None => SessionError::Status(status),

@@ -26,6 +26,7 @@ use wire::{
 
 use crate::{
     AgentConfig, Membership,
+    blobs::Blobs,
     console::Serial,
     desks,
     journal::{self, Journal, JournalError},
@@ -89,6 +90,7 @@ pub(crate) struct Shared {
     pub(crate) peers: Arc<Peers>,
     pub(crate) templates: template::Running,
     pub(crate) imports: template::Turns,
+    pub(crate) blobs: Blobs,
     identity: Mutex<Arc<NodeIdentity>>,
     journal: Mutex<Journal>,
     unsynced: Notify,
@@ -152,6 +154,7 @@ impl Shared {
             peers: Arc::default(),
             templates: template::Running::default(),
             imports: template::Turns::default(),
+            blobs: Blobs::default(),
             identity: Mutex::new(Arc::new(parts.identity)),
             journal: Mutex::new(parts.journal),
             unsynced: Notify::new(),
@@ -311,6 +314,8 @@ impl Shared {
             Order::Port(order) => shared.order_port(order),
             Order::Relay(word) if word.to == shared.host() => shared.hear(word),
             Order::Relay(_) => {}
+            Order::Lend(order) if order.epoch >= shared.epoch() => shared.blobs.lend(&order),
+            Order::Lend(_) => {}
         }
     }
 

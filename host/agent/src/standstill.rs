@@ -401,6 +401,7 @@ mod tests {
             seed: None,
         };
         Definition {
+            template: None,
             vm: VM,
             name: "web1".parse().unwrap(),
             layout,

@@ -11,28 +11,24 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, StatusCode};
 use image::{ImportError, ImportLimits, ReceiveError};
 use model::{
-    Code, Digest, Name, OperationId, PoolId, Refusal, Report, TemplateId,
+    Code, Digest, OperationId, PoolId, Refusal, Report, TemplateId,
     operation::Progress,
-    order::{TemplateOrder, TemplateReport, TemplateVerb},
+    order::{PoolBlobs, TemplateOrder, TemplateReport, TemplateVerb},
     storage::Format,
     template::{Blob, Content, Disk, IMPORT_MAX},
 };
 use tokio::{
-    sync::{Semaphore, SemaphorePermit, mpsc},
+    sync::{Semaphore, SemaphorePermit},
     time::timeout,
 };
-use wire::session::BLOBS_PATH;
 
-use crate::shared::{NamedPool, Shared, lock};
+use crate::{
+    blobs::{self, Pieces, is_there, not_fetched},
+    shared::{NamedPool, Shared, lock},
+};
 
-/// Pieces on their way from the network to the disk.
-const PIECES_WAITING_MAX: usize = 64;
-/// After this long without a byte a fetch is given up.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Largest virtual disk of a template.
 const DISK_BYTES_MAX: u64 = 2 << 40;
 /// Largest file of an imported disk.
@@ -108,7 +104,12 @@ pub(crate) async fn carry_out(shared: &Arc<Shared>, order: TemplateOrder) {
     };
     let result = match verb {
         TemplateVerb::Fetch { content } => fetch(shared, operation, pool, content).await.map(Some),
-        TemplateVerb::Drop { blobs } => drop_blobs(shared, pool, blobs).await.map(|()| None),
+        TemplateVerb::Drop { blobs, others } => {
+            let first = PoolBlobs { pool, blobs };
+            drop_blobs(shared, std::iter::once(first).chain(others))
+                .await
+                .map(|()| None)
+        }
     };
     let (refused, content) = match result {
         Ok(content) => (None, content),
@@ -142,11 +143,24 @@ async fn fetch(
     let disk = content.disk.map(|disk| disk.blob);
     for blob in content.blobs().filter(|blob| Some(*blob) != disk).collect::<Vec<_>>() {
         shared.progress(operation, fetching(blob));
-        fetch_blob(shared, &into, blob).await?;
+        blobs::fetch(shared, &into, blob, &[], |_| {}).await?;
     }
     if let Some(disk) = content.disk {
         let _turn = shared.imports.begin(TURN_MAX).await?;
-        content.disk = Some(fetch_disk(shared, operation, &into, disk).await?);
+        let taken = fetch_disk(shared, operation, &into, disk).await?;
+        // What was uploaded is not what guests read, and this host may be away when another one needs that.
+        let doing = "giving the controller a copy".to_owned();
+        let progress = Progress {
+            doing,
+            remaining_bytes: Some(taken.blob.size_bytes),
+            ..Progress::default()
+        };
+        shared.progress(operation, progress);
+        if let Err(refusal) = blobs::give_back(shared, &into, taken.blob).await {
+            // The template is whole here, and others fetch it from here as long as this host is there.
+            tracing::warn!(%operation, why = refusal.message, "the controller has no copy of the template's disk");
+        }
+        content.disk = Some(taken);
     }
     Ok(content)
 }
@@ -196,7 +210,7 @@ async fn fetch_disk(
             TakeError::Refused(refusal) => refusal,
         })
     };
-    streamed(shared, into, disk.blob, take).await?
+    blobs::streamed(shared, into, disk.blob, take).await?
 }
 
 /// Why a disk was not taken in. Nothing of it is left.
@@ -239,93 +253,13 @@ fn convert(pool: &image::Pool, source: &Path, disk: Disk) -> Result<Disk, Refusa
     })
 }
 
-fn not_fetched(blob: Blob, pool: &Name, why: &str) -> Refusal {
-    let text = format!("blob {} was not fetched into pool {pool}: {why}", blob.digest);
-    Refusal::new(Code::HostFailed, text)
-}
-
-/// Whether a pool has a blob.
-async fn is_there(pool: &Arc<NamedPool>, blob: Blob) -> Result<bool, Refusal> {
-    let failed = |why: &str| not_fetched(blob, &pool.name, why);
-    let there = pool.run(move |pool| pool.blob_size(blob.digest)).await;
-    let there = there.map_err(|error| failed(&error.to_string()))?;
-    Ok(there.map_err(|error| failed(&chain(&error)))? == Some(blob.size_bytes))
-}
-
-/// Fetches a blob, unless the pool has it.
-pub(crate) async fn fetch_blob(shared: &Arc<Shared>, pool: &Arc<NamedPool>, blob: Blob) -> Result<(), Refusal> {
-    if is_there(pool, blob).await? {
-        return Ok(());
-    }
-    let take = move |pool: &image::Pool, pieces: &mut Pieces| pool.receive_blob(blob, pieces);
-    let taken = streamed(shared, pool, blob, take).await?;
-    taken.map_err(|error| not_fetched(blob, &pool.name, &chain(&error)))
-}
-
-/// Has the controller send a blob, and a thread take it.
-async fn streamed<T, F>(shared: &Shared, pool: &Arc<NamedPool>, blob: Blob, take: F) -> Result<T, Refusal>
-where
-    T: Send + 'static,
-    F: FnOnce(&image::Pool, &mut Pieces) -> T + Send + 'static,
-{
-    let failed = |why: &str| not_fetched(blob, &pool.name, why);
-    let mut link = shared.link().ok_or_else(|| failed("the controller is not connected"))?;
-    let request = Request::get(format!("{BLOBS_PATH}/{}", blob.digest))
-        .body(Empty::new().boxed())
-        .map_err(|error| failed(&error.to_string()))?;
-    let answer = timeout(SILENCE_MAX, link.send_request(request))
-        .await
-        .map_err(|_| failed("the controller does not answer"))?
-        .map_err(|error| failed(&error.to_string()))?;
-    if answer.status() != StatusCode::OK {
-        return Err(failed(&format!("the controller answered {}", answer.status())));
-    }
-    let (pieces, taken) = mpsc::channel(PIECES_WAITING_MAX);
-    let into = Arc::clone(pool);
-    let writer = tokio::task::spawn_blocking(move || {
-        let rest = bytes::Bytes::new();
-        take(&into.pool, &mut Pieces { taken, rest })
-    });
-    let mut body = answer.into_body();
-    loop {
-        let frame = timeout(SILENCE_MAX, body.frame())
-            .await
-            .map_err(|_| failed("the controller fell silent"))?;
-        let Some(frame) = frame else { break };
-        if let Ok(bytes) = frame.map_err(|error| failed(&error.to_string()))?.into_data()
-            && pieces.send(bytes).await.is_err()
-        {
-            break;
+async fn drop_blobs(shared: &Shared, of: impl Iterator<Item = PoolBlobs>) -> Result<(), Refusal> {
+    for PoolBlobs { pool, blobs } in of {
+        let from = named(shared, pool)?;
+        for digest in blobs {
+            shared.blobs.settled(&from, digest).await;
+            delete_blob(&from, digest).await?;
         }
-    }
-    drop(pieces);
-    writer.await.map_err(|_| failed("writing it broke off"))
-}
-
-/// What a channel brings, as a reader for a blocking thread.
-struct Pieces {
-    taken: mpsc::Receiver<bytes::Bytes>,
-    rest: bytes::Bytes,
-}
-
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.rest.is_empty() {
-            match self.taken.blocking_recv() {
-                Some(bytes) => self.rest = bytes,
-                None => return Ok(0),
-            }
-        }
-        let n = (&self.rest[..]).read(buffer)?;
-        bytes::Buf::advance(&mut self.rest, n);
-        Ok(n)
-    }
-}
-
-async fn drop_blobs(shared: &Shared, pool: PoolId, blobs: Vec<Digest>) -> Result<(), Refusal> {
-    let from = named(shared, pool)?;
-    for digest in blobs {
-        delete_blob(&from, digest).await?;
     }
     Ok(())
 }

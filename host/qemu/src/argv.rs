@@ -372,6 +372,7 @@ mod tests {
             format: Format::Raw,
         });
         Definition {
+            template: None,
             vm: VmId(Uuid::from_u128(4)),
             name: "web1".parse().unwrap(),
             layout,

@@ -76,6 +76,15 @@ impl Task {
         self.saved.role == Role::None && self.saved.pending.is_none() && self.up.is_none()
     }
 
+    /// Whether what is being built is not wanted any more: there is no point in fetching anything for it.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        let ends = matches!(self.saved.pending, Some(Pending::End { .. } | Pending::Remove { .. }));
+        let declined =
+            matches!(&self.saved.role, Role::Destination { state, .. } if matches!(state, Destination::Void { .. }));
+        ends || declined
+    }
+
     /// The VM as the inventory tells it.
     #[must_use]
     pub fn observed(&self) -> VmObserved {

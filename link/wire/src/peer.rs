@@ -1,10 +1,10 @@
-//! Between two agents, over their own mutual TLS connection: the words of a hand-over, and what the guest missed in it.
+//! Between two agents, over their own mutual TLS connection: the words of a hand-over, what the guest missed in it, and blobs lent.
 
 use std::fmt;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use model::{
-    Generation, PortId, VmId,
+    Digest, Generation, PortId, VmId,
     order::Relay,
     policy::{Flow, Traffic},
 };
@@ -41,6 +41,28 @@ pub enum Peer {
     /// What was under way at a guest's port on the host that it leaves, said before the guest stands and once more when it runs on; the
     /// receiver takes it only from the source of its hand-over. Best effort, as [`Peer::Missed`].
     Port(PortState),
+    /// First of all, instead of [`Peer::Hello`]: a connection for one blob, that the controller had the other host lend to this one.
+    /// Answered by [`Peer::Lent`] and then the blob's bytes from `from_bytes` to its end, without frames; or by [`Peer::NotLent`].
+    Borrow {
+        /// The oldest version of this protocol that it reads.
+        version_min: u16,
+        /// The newest.
+        version_max: u16,
+        /// The blob.
+        digest: Digest,
+        /// How many of its bytes are there already, after a connection that was cut.
+        from_bytes: u64,
+    },
+    /// The blob's bytes follow.
+    Lent {
+        /// How many it has in all.
+        size_bytes: u64,
+    },
+    /// They do not: it was not told to lend that blob to this host, or cannot. Which of the two is not told to whom it was not.
+    NotLent {
+        /// Why, for people.
+        reason: String,
+    },
     /// Sign of life.
     Heartbeat,
     /// A frame of a newer version, to be ignored.

@@ -107,6 +107,9 @@ fn every_kind_of_frame_has_a_sample() {
             Peer::Word(_) => "word",
             Peer::Missed(_) => "missed",
             Peer::Port(_) => "port",
+            Peer::Borrow { .. } => "borrow",
+            Peer::Lent { .. } => "lent",
+            Peer::NotLent { .. } => "not-lent",
             Peer::Heartbeat => "heartbeat",
             Peer::Other => "other",
         }
@@ -116,7 +119,7 @@ fn every_kind_of_frame_has_a_sample() {
     let seen: BTreeSet<_> = samples::downs().iter().map(|(_, frame)| down(frame)).collect();
     assert_eq!(seen.len(), 6, "{seen:?}");
     let seen: BTreeSet<_> = samples::peers().iter().map(|(_, frame)| peer(frame)).collect();
-    assert_eq!(seen.len(), 6, "{seen:?}");
+    assert_eq!(seen.len(), 9, "{seen:?}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod session;
 
 use std::{
-    io,
+    io::{self, Seek as _, SeekFrom},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -20,7 +20,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
-use model::{Digest, HostId, Refusal, refusal::Code};
+use model::{Digest, HostId, Refusal, refusal::Code, template::Blob};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
     sync::mpsc,
@@ -74,7 +74,10 @@ impl Agents {
 pub(crate) fn router(agents: Agents) -> Router {
     Router::new()
         .route(paths::SESSION_PATH, post(session::open))
-        .route(&format!("{}/{{digest}}", paths::BLOBS_PATH), get(blob))
+        .route(
+            &format!("{}/{{digest}}", paths::BLOBS_PATH),
+            get(blob).put(take_blob).layer(DefaultBodyLimit::disable()),
+        )
         .route(&format!("{}/{{console}}", paths::CONSOLE_PATH), post(console))
         .route(
             paths::RENEW_PATH,
@@ -110,10 +113,12 @@ fn known(agents: &Agents, host: HostId) -> Result<(), Refused> {
     ))
 }
 
+/// A blob, or what follows its first bytes: `Range: bytes=N-`, after a connection that was cut.
 async fn blob(
     State(agents): State<Agents>,
     Extension(host): Extension<HostId>,
     Path(digest): Path<String>,
+    headers: HeaderMap,
 ) -> Result<Response, Refused> {
     known(&agents, host)?;
     let digest: Digest = digest.parse().map_err(|_| not_found("no such blob"))?;
@@ -121,7 +126,13 @@ async fn blob(
         return Err(not_found("no template has this blob"));
     }
     let blobs = agents.blobs.clone();
-    let opened = tokio::task::spawn_blocking(move || blobs.open_blob(digest)).await;
+    let from = first_byte(&headers)?;
+    let opened = tokio::task::spawn_blocking(move || {
+        let (mut file, size_bytes) = blobs.open_blob(digest)?;
+        file.seek(SeekFrom::Start(from.min(size_bytes)))?;
+        Ok::<_, io::Error>((file, size_bytes))
+    });
+    let opened = opened.await;
     let (file, size_bytes) = match opened {
         Ok(Ok(opened)) => opened,
         Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {
@@ -136,7 +147,67 @@ async fn blob(
         Err(error) => return Err(Refused(Refusal::new(Code::Other, error.to_string()))),
     };
     let body = Body::from_stream(pieces(tokio::fs::File::from_std(file)));
-    Ok(([(header::CONTENT_LENGTH, size_bytes)], body).into_response())
+    let left = [(header::CONTENT_LENGTH, size_bytes.saturating_sub(from).to_string())];
+    if from == 0 {
+        return Ok((left, body).into_response());
+    }
+    if from >= size_bytes {
+        let message = format!("the blob has {size_bytes} bytes, there are none from {from} on");
+        return Err(Refused(Refusal::new(Code::InvalidInput, message)));
+    }
+    let range = format!("bytes {from}-{}/{size_bytes}", size_bytes - 1);
+    Ok((
+        StatusCode::PARTIAL_CONTENT,
+        left,
+        [(header::CONTENT_RANGE, range)],
+        body,
+    )
+        .into_response())
+}
+
+/// Where the bytes that are asked for begin: 0 without a range.
+fn first_byte(headers: &HeaderMap) -> Result<u64, Refused> {
+    let Some(range) = headers.get(header::RANGE) else {
+        return Ok(0);
+    };
+    let first = range.to_str().ok().and_then(|range| range.strip_prefix("bytes="));
+    let first = first
+        .and_then(|range| range.strip_suffix('-'))
+        .and_then(|first| first.parse().ok());
+    first.ok_or_else(|| {
+        Refused(Refusal::new(
+            Code::InvalidInput,
+            "the range is not of the form bytes=N-",
+        ))
+    })
+}
+
+/// What the disk of a template became on the host that imports it: kept for hosts that fetch it while that one is away.
+async fn take_blob(
+    State(agents): State<Agents>,
+    Extension(host): Extension<HostId>,
+    Path(digest): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<StatusCode, Refused> {
+    known(&agents, host)?;
+    if !agents.committed.imports(host) {
+        let message = format!("host {host} imports no template");
+        return Err(Refused(Refusal::new(Code::Forbidden, message)));
+    }
+    let digest: Digest = digest.parse().map_err(|_| not_found("no such blob"))?;
+    let size = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|size| size.to_str().ok()?.parse().ok());
+    let size_bytes =
+        size.ok_or_else(|| Refused(Refusal::new(Code::InvalidInput, "the blob's length is not announced")))?;
+    let pieces = body.into_data_stream();
+    agents
+        .blobs
+        .put(Blob { digest, size_bytes }, pieces)
+        .await
+        .map_err(Refused)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// What can be read, piece by piece, as it is asked for.

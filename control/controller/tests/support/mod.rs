@@ -290,11 +290,33 @@ impl Link {
     }
 
     pub(crate) async fn get(&self, path: &str) -> (StatusCode, Bytes) {
-        let request = Request::get(format!("https://controller{path}"));
-        let request = request
-            .body(Empty::new().map_err(|never| match never {}).boxed())
-            .unwrap();
-        let response = self.request(request).await;
+        self.ask("GET", path, None, None).await
+    }
+
+    /// A request with a header and a whole body, and its answer.
+    pub(crate) async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        header: Option<(&str, &str)>,
+        content: Option<&'static [u8]>,
+    ) -> (StatusCode, Bytes) {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("https://controller{path}"));
+        if let Some((name, value)) = header {
+            request = request.header(name, value);
+        }
+        let body = match content {
+            Some(content) => {
+                request = request.header("content-length", content.len());
+                http_body_util::Full::from(content)
+                    .map_err(|never| match never {})
+                    .boxed()
+            }
+            None => Empty::new().map_err(|never| match never {}).boxed(),
+        };
+        let response = self.request(request.body(body).unwrap()).await;
         let status = response.status();
         (status, response.into_body().collect().await.unwrap().to_bytes())
     }

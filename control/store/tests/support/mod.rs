@@ -105,6 +105,7 @@ pub fn base() -> Vec<Row> {
             },
             state: TemplateState::Ready {
                 pools: vec![PoolId(uuid(POOL))],
+                fetching: Vec::new(),
             },
             created_at: at,
         })),

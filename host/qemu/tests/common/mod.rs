@@ -145,6 +145,7 @@ impl Shared {
             format: Format::Raw,
         };
         let definition = Definition {
+            template: None,
             vm: VmId(Uuid::now_v7()),
             name: "ticker".parse().unwrap(),
             layout: Layout::fix(family, &hypervisor, 1, 64, &[], &[volume]).unwrap(),

@@ -42,6 +42,7 @@ pub(crate) fn definition() -> Definition {
         gateway: Some("fe80::1".parse().unwrap()),
     };
     Definition {
+        template: None,
         vm: VmId(Uuid::from_u128(1)),
         name: "web1".parse().unwrap(),
         layout: Layout {

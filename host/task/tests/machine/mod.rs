@@ -37,6 +37,7 @@ pub(crate) fn place() -> VolumePlace {
 pub(crate) fn definition() -> Box<Definition> {
     let port = PortId(Uuid::from_u128(7));
     Box::new(Definition {
+        template: None,
         vm: VM,
         name: "web1".parse().expect("a name"),
         layout: layout(port),

@@ -98,6 +98,7 @@ fn definition() -> Box<Definition> {
         kind,
     };
     Box::new(Definition {
+        template: None,
         vm: id(1),
         name: "web1".parse().unwrap(),
         layout: layout::Layout {
@@ -525,6 +526,17 @@ fn port_order() -> PortOrder {
     }
 }
 
+fn start_fetched() -> Verb {
+    Verb::Start {
+        definition: Box::new(Definition {
+            template: Some(template_source()),
+            ..*definition()
+        }),
+        paused: false,
+        seed: None,
+    }
+}
+
 /// All frames from controller to agent.
 pub(crate) fn downs() -> Vec<(String, Down)> {
     let template = |verb| {
@@ -554,12 +566,20 @@ pub(crate) fn downs() -> Vec<(String, Down)> {
     orders.push(("vm-start-seeded".into(), vm_order(start_seeded())));
     orders.push(("vm-start-addressed".into(), vm_order(start_addressed())));
     let fetch = |boot| template(TemplateVerb::Fetch { content: content(boot) });
-    let drop = TemplateVerb::Drop {
+    let drop = |others| TemplateVerb::Drop {
         blobs: vec![Digest([3; 32])],
+        others,
     };
+    let other = PoolBlobs {
+        pool: id(13),
+        blobs: vec![Digest([1; 32]), Digest([3; 32])],
+    };
+    orders.push(("vm-start-fetched".into(), vm_order(start_fetched())));
+    orders.push(("lend".into(), Order::Lend(lend())));
     orders.push(("template-fetch-direct".into(), fetch(boot())));
     orders.push(("template-fetch-bios".into(), fetch(Boot::Bios)));
-    orders.push(("template-drop".into(), template(drop)));
+    orders.push(("template-drop".into(), template(drop(vec![]))));
+    orders.push(("template-drop-in-two".into(), template(drop(vec![other]))));
     orders.push(("port".into(), Order::Port(Box::new(port_order()))));
     orders.push(("relay".into(), Order::Relay(relay())));
     let accepted = Down::Accepted(Accepted {
@@ -605,9 +625,47 @@ pub(crate) fn peers() -> Vec<(String, Peer)> {
         ("heartbeat".to_owned(), Peer::Heartbeat),
         ("missed".to_owned(), Peer::Missed(missed())),
         ("port".to_owned(), port_state()),
+        (
+            "borrow".to_owned(),
+            Peer::Borrow {
+                version_min: 1,
+                version_max: 1,
+                digest: Digest([3; 32]),
+                from_bytes: 1 << 20,
+            },
+        ),
+        ("lent".to_owned(), Peer::Lent { size_bytes: 1 << 28 }),
+        (
+            "not-lent".to_owned(),
+            Peer::NotLent {
+                reason: "the controller did not say that this blob may be lent to that host".into(),
+            },
+        ),
     ];
     peers.extend(words.into_iter().enumerate().map(word));
     peers
+}
+
+fn template_source() -> TemplateSource {
+    TemplateSource {
+        name: "debian".parse().unwrap(),
+        blobs: vec![blob(1), blob(2), blob(3)],
+        holders: vec![Holder {
+            host: id(3),
+            address: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+            peer_port: 7000,
+        }],
+    }
+}
+
+fn lend() -> Lend {
+    Lend {
+        epoch: Epoch(1),
+        template: id(11),
+        pool: id(8),
+        to: id(5),
+        blobs: vec![Digest([1; 32]), Digest([3; 32])],
+    }
 }
 
 fn missed() -> Missed {
