@@ -57,26 +57,40 @@ fn main() -> ExitCode {
         Ok(cli) => run(cli),
         Err(error) => {
             // A closed terminal is no reason to fail differently.
-            let _ = match secret_in(&arguments) {
-                // It would land in a log.
-                Some(secret) => writeln!(std::io::stderr(), "{}", error.to_string().replace(secret, SECRET_SHOWN)),
-                None => error.print(),
-            };
+            let _ = complain(&arguments, &error);
             ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
         }
     }
 }
 
-/// How the tokens begin with which hosts join, and what is shown in their place.
-const SECRET_BEGINS: &str = "gwj1.";
-const SECRET_SHOWN: &str = "gwj1.(not shown)";
+/// What is shown in place of the token with which a host joins: it would land in a log.
+const SECRET_SHOWN: &str = "(not shown)";
 
-/// The token in a command line.
-fn secret_in(arguments: &[OsString]) -> Option<&str> {
-    arguments.iter().find_map(|word| {
-        let (_, secret) = word.to_str()?.split_at(word.to_str()?.find(SECRET_BEGINS)?);
-        secret.split('@').next()
-    })
+/// Says what is wrong with a command line, without what a terminal would obey, and without the secret in it.
+fn complain(arguments: &[OsString], error: &clap::Error) -> std::io::Result<()> {
+    let words: Vec<String> = arguments
+        .iter()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let shown: Vec<String> = words.iter().map(|word| out::safe::text(word)).collect();
+    let again = (words != shown).then(|| cli::parse(&shown).err()).flatten();
+    let error = again.as_ref().unwrap_or(error);
+    match secret_in(&words) {
+        Some(secret) => write!(std::io::stderr(), "{}", error.to_string().replace(secret, SECRET_SHOWN)),
+        None => error.print(),
+    }
+}
+
+/// The token in a command line: what `--join` has before its `@`, or all of it.
+fn secret_in(words: &[String]) -> Option<&str> {
+    let at = words
+        .iter()
+        .position(|word| word == "--join" || word.starts_with("--join="))?;
+    let value = match words[at].strip_prefix("--join=") {
+        Some(value) => value,
+        None => words.get(at + 1)?,
+    };
+    value.split('@').next().filter(|secret| !secret.is_empty())
 }
 
 /// One end of a migration. Called by the agent, with exactly `--spec PATH`.
@@ -122,4 +136,23 @@ fn log(default: &str) {
         .with_ansi(std::io::stderr().is_terminal());
     // Fails only where a log was set up before; there is none.
     let _ = logs.with_writer(std::io::stderr).try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_secret_of_a_join_is_found_with_and_without_its_beginning() {
+        let secret = |line: &str| {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            secret_in(&words).map(str::to_owned)
+        };
+        for line in ["agent --join gwj1.abc@h:1x", "agent --join=gwj1.abc@h:1x", "--mtu 1 agent --join gwj1.abc"] {
+            assert_eq!(secret(line).as_deref(), Some("gwj1.abc"), "{line}");
+        }
+        assert_eq!(secret("agent --join AaH6@10.0.0.1:x").as_deref(), Some("AaH6"));
+        assert_eq!(secret("agent --join"), None);
+        assert_eq!(secret("vm list"), None);
+    }
 }

@@ -19,6 +19,7 @@
 //! - A report is acknowledged after its commit, and takes effect once: numbers within a process, the engine's revisions beyond.
 //! - Everything is bounded: inputs, batches, orders that wait, connections, uploads, consoles, silence.
 
+mod admission;
 mod agents;
 mod blobs;
 mod clock;

@@ -16,7 +16,10 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 use tower::ServiceExt as _;
 
-use crate::metrics::Metrics;
+use crate::{
+    admission::{Admission, Place},
+    metrics::Metrics,
+};
 
 /// Longest TLS handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -67,6 +70,7 @@ impl Port {
     pub(crate) async fn serve(mut self) {
         // Dropped with this future: no connection outlives its server.
         let mut connections = JoinSet::new();
+        let admission = Admission::new(self.connections_max);
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
@@ -82,17 +86,19 @@ impl Port {
                     continue;
                 }
             };
-            if connections.len() >= self.connections_max {
+            let Some(place) = admission.admit(peer.ip()) else {
                 self.metrics.connections_refused.inc();
                 continue;
-            }
+            };
+            let number = place.number();
             let (tls, router) = (self.tls.borrow().clone(), self.router.clone());
             let (stop, hosts_only) = (self.stop.clone(), self.hosts_only);
-            connections.spawn(async move {
+            let task = connections.spawn(async move {
                 if let Some(connection) = Connection::accept(stream, peer, &tls, hosts_only).await {
-                    connection.serve(router, stop).await;
+                    connection.serve(router, stop, place).await;
                 }
             });
+            admission.ends_by(number, task);
         }
         drop(self.listener);
         let ended = async { while connections.join_next().await.is_some() {} };
@@ -127,7 +133,8 @@ impl Connection {
         Some(Self { stream, peer, host })
     }
 
-    async fn serve(self, router: Router, stop: watch::Receiver<bool>) {
+    /// Serves it; it has its place until its end.
+    async fn serve(self, router: Router, stop: watch::Receiver<bool>, place: Place) {
         let (seen, first_request) = watch::channel(false);
         let (peer, host) = (self.peer, self.host);
         let service = service_fn(move |mut request: Request<Incoming>| {
@@ -142,6 +149,7 @@ impl Connection {
             first_request,
             stop,
             peer,
+            place,
         };
         let http2 = self.stream.get_ref().1.alpn_protocol() == Some(b"h2");
         let io = TokioIo::new(self.stream);
@@ -185,6 +193,7 @@ struct Run {
     first_request: watch::Receiver<bool>,
     stop: watch::Receiver<bool>,
     peer: SocketAddr,
+    place: Place,
 }
 
 impl Run {
@@ -213,6 +222,7 @@ impl Run {
                         tracing::debug!(%peer, "no request in time");
                         return;
                     }
+                    self.place.proven();
                 }
                 _ = self.stop.wait_for(|stop| *stop), if !stopping => {
                     stopping = true;

@@ -36,7 +36,11 @@ pub(crate) fn start(txn: &mut Txn<'_>, request: &Request, reference: &Reference)
     let vm = request::current_vm(world, request, reference)?;
     request::free(world, vm)?;
     match vm.status.state {
-        VmState::Active => return already(txn, request, vm.id, OperationKind::StartVm),
+        VmState::Active => {
+            // Of a lost host nobody knows whether it still runs.
+            reachable(world, vm)?;
+            return already(txn, request, vm.id, OperationKind::StartVm);
+        }
         VmState::Inactive | VmState::Failed | VmState::Migrating => cold(world, vm)?,
         VmState::Paused => {
             return Err(wrong(

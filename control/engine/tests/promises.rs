@@ -587,6 +587,8 @@ fn a_lost_host_is_an_alarm_and_its_reboot_ends_its_vms() {
     let at = cell.running("web1");
     cell.event(Event::Disconnected(at));
     assert_eq!(cell.vm("web1").status.state, VmState::Active);
+    let start = cell.ask(Command::StartVm(by_name("web1"))).unwrap_err();
+    assert_eq!(start.code, Code::HostUnreachable, "nobody knows whether it runs");
     assert!(
         cell.world
             .notices(model::id::Sequence(0))

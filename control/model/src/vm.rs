@@ -11,6 +11,7 @@
 //!                     │     │ start    │ stop, kill,     │ suspend (saved to disk, memory released)
 //!                     │     │          ▼ guest off       │
 //!                     └─────┴────── inactive ◀───────────┘ stop
+//!            create --no-start ───────▶│
 //!                                      │ delete
 //!                                      ▼
 //!                                  (nothing)

@@ -79,7 +79,23 @@ async fn tls(server: &Server, protocol: &[u8]) -> Result<TlsStream<TcpStream>, F
     config.alpn_protocols = vec![protocol.to_vec()];
     let name = ServerName::try_from(address.host.clone()).map_err(|error| not_it(&error))?;
     let connected = identity::tls::connect(&Arc::new(config), name, stream, CONNECT_MAX).await;
-    connected.map_err(|error| not_it(&error))
+    connected.map_err(|error| match &error {
+        identity::tls::TlsError::Handshake(cause) if hung_up(cause) => {
+            Failure::new(Exit::Unreachable, format!("the server at {address} closed the connection before it said who it is"))
+                .hint("it may have too many connections, or be starting or stopping: try again in some seconds; is it a controller's port for clients?")
+        }
+        identity::tls::TlsError::Deadline(_) => unreachable(chain(&error)),
+        _ => not_it(&error),
+    })
+}
+
+/// Whether the other side ended the connection without a word.
+fn hung_up(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(
+        error.kind(),
+        UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe
+    )
 }
 
 fn not_http(server: &Server, error: &hyper::Error) -> Failure {

@@ -66,12 +66,13 @@ impl Up {
             figures: self.figures,
         };
         let home = state.join("controller");
-        let (controller, handle) = controller::start(&flags, home.clone()).await?;
-        let own_api = controller.api_address();
+        // First: whoever waits for `ready` must not get it from what then ends because of a slip.
         let (gateway, prefix) = flags.network.gateway_with_prefix();
         let config = self
             .host
             .config(places, controller::outward_address(), Some((gateway.into(), prefix)))?;
+        let (controller, handle) = controller::start(&flags, home.clone()).await?;
+        let own_api = controller.api_address();
         let name = self.host_name.unwrap_or_else(agent::own_name);
         let work = async {
             // This machine's own controller: who starts both here wants this host in its cell.

@@ -6,7 +6,7 @@ use crate::probe::{enter_netns, real_time};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::rc::Rc;
@@ -47,8 +47,8 @@ pub struct LoadReport {
     pub silence_ms: f64,
     /// Lost requests that were due while others were answered: no standstill explains them.
     pub lost_in_between: u64,
-    /// Why requests were lost: the first few reasons.
-    pub reasons: Vec<String>,
+    /// Why requests were lost, and how many for each reason; of more reasons than can be told, only how many.
+    pub reasons: BTreeMap<String, u64>,
     /// Answers by latency: the count of those in `[2^(i-1), 2^i)` ms at place i.
     pub histogram: Vec<u64>,
 }
@@ -162,7 +162,7 @@ struct Client {
 struct Tally {
     sent: u64,
     latencies_ms: Vec<f64>,
-    reasons: Vec<String>,
+    reasons: BTreeMap<String, u64>,
     /// Counters of answers that no other request can still precede.
     seen: BTreeSet<u64>,
     /// Highest counter of a finished request.
@@ -232,9 +232,7 @@ impl Client {
             Err(error) => {
                 self.lost.fetch_add(1, Ordering::Relaxed);
                 tally.lost.push(due);
-                if tally.reasons.len() < REASONS_MAX {
-                    tally.reasons.push(format!("{error:#}"));
-                }
+                tally.lost_for(format!("{error:#}"));
             }
         }
     }
@@ -264,6 +262,13 @@ impl Tally {
         let before = self.answered.replace(at);
         let long = |before: &Instant| at.saturating_duration_since(*before) > SILENCE;
         self.silences.extend(before.filter(long).map(|before| (before, at)));
+    }
+
+    /// A request was lost, and why.
+    fn lost_for(&mut self, reason: String) {
+        let known = self.reasons.contains_key(&reason) || self.reasons.len() < REASONS_MAX;
+        let reason = if known { reason } else { "other reasons".to_owned() };
+        *self.reasons.entry(reason).or_default() += 1;
     }
 
     /// `floor` is the highest counter that was known when the request was sent.
@@ -377,6 +382,16 @@ mod tests {
         let report = load.finish().unwrap();
         assert!(report.sent >= 2, "{report:?}");
         assert_eq!(report.lost, report.sent);
-        assert!(!report.reasons.is_empty());
+        assert_eq!(report.reasons.values().sum::<u64>(), report.lost, "{report:?}");
+    }
+
+    #[test]
+    fn every_lost_request_is_counted_whatever_the_reason() {
+        let mut tally = Tally::default();
+        for n in 0..100 {
+            tally.lost_for(format!("reason {}", n % (REASONS_MAX + 5)));
+        }
+        assert_eq!(tally.reasons.len(), REASONS_MAX + 1);
+        assert_eq!(tally.reasons.values().sum::<u64>(), 100);
     }
 }

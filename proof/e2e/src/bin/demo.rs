@@ -80,7 +80,8 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Args>> {
             "--exit" => args.exit = true,
             "--json" => args.json = Some(value()?.into()),
             "--godwit" => args.godwit = Some(value()?.into()),
-            "--qemu" => args.qemu = Some(value()?.into()),
+            // Agents have another directory.
+            "--qemu" => args.qemu = Some(std::fs::canonicalize(value()?).context("there is no such --qemu")?),
             "-h" | "--help" => return Ok(None),
             _ => bail!("`{word}` is not an option"),
         }
@@ -237,17 +238,34 @@ fn summary(receipts: &[Receipt], report: &LoadReport, downloaded: &Result<u64>) 
         faults => format!("{faults} FAULTS: the guest's counter stood still or fell"),
     };
     say!("  counter     {counter}");
-    report.lost == 0 && report.counter_faults == 0 && downloaded.is_ok()
+    let well = report.lost == 0 && report.counter_faults == 0 && downloaded.is_ok();
+    if !well {
+        say!(
+            "  NOT as promised (the demo ends with code 1); this machine: {}",
+            busy()
+        );
+    }
+    well
 }
 
-/// Equal reasons once, with how often.
-fn counted(reasons: &[String]) -> String {
-    let mut counts = std::collections::BTreeMap::new();
-    for reason in reasons {
-        *counts.entry(reason.as_str()).or_insert(0_u32) += 1;
-    }
-    let counts = counts.iter().map(|(reason, count)| format!("{count} x {reason}"));
+/// The reasons, each with how often.
+fn counted(reasons: &std::collections::BTreeMap<String, u64>) -> String {
+    let counts = reasons.iter().map(|(reason, count)| format!("{count} x {reason}"));
     counts.collect::<Vec<_>>().join("; ")
+}
+
+/// What is said where it did not go as promised: whether this machine had the time for it.
+fn busy() -> String {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: f64 = load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0);
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let much = load > cpus as f64 * 3.0;
+    let judged = if much {
+        ": too busy to judge, try again when it is quiet"
+    } else {
+        ""
+    };
+    format!("load average {load:.1} on {cpus} CPUs{judged}")
 }
 
 fn write_json(path: &Path, receipts: &[Receipt], report: &LoadReport, download_right: bool) -> Result<()> {
