@@ -148,7 +148,11 @@ mod tests {
             let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
             secret_in(&words).map(str::to_owned)
         };
-        for line in ["agent --join gwj1.abc@h:1x", "agent --join=gwj1.abc@h:1x", "--mtu 1 agent --join gwj1.abc"] {
+        for line in [
+            "agent --join gwj1.abc@h:1x",
+            "agent --join=gwj1.abc@h:1x",
+            "--mtu 1 agent --join gwj1.abc",
+        ] {
             assert_eq!(secret(line).as_deref(), Some("gwj1.abc"), "{line}");
         }
         assert_eq!(secret("agent --join AaH6@10.0.0.1:x").as_deref(), Some("AaH6"));

@@ -219,6 +219,13 @@ const PROGRAMS: &[Program] = &[
         good: any,
     },
     Program {
+        name: "dropbear",
+        package: "dropbear-bin",
+        why: "a machine that is added over SSH",
+        purposes: &[Purpose::Test],
+        good: any,
+    },
+    Program {
         name: "readelf",
         package: "binutils",
         why: "what the program needs of a system",

@@ -1,11 +1,14 @@
 //! `godwit host`: the machines that run VMs.
 
+mod add;
+mod remote;
+
 use std::net::IpAddr;
 
 use clap::Subcommand;
 use clap_complete::ArgValueCompleter;
 use model::{host::Link, name::Reference, query::HostView};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Heading, Session, completion};
 use crate::{
@@ -25,6 +28,8 @@ pub(crate) enum Host {
         #[arg(add = ArgValueCompleter::new(completion::hosts))]
         host: Reference,
     },
+    /// Add a machine as a host, over SSH
+    Add(Box<add::Add>),
     /// Make a one-use token with which a host joins
     AddToken {
         /// How long it is valid
@@ -59,6 +64,7 @@ impl Host {
         match self {
             Self::List => session.list("/v1/hosts", None, HEADING, row).await,
             Self::Show { host } => session.show(&format!("/v1/hosts/{host}"), facts).await,
+            Self::Add(add) => add.run(session).await,
             Self::AddToken { ttl } => add_token(session, ttl).await,
             Self::Set { host, schedulable } => {
                 let path = format!("/v1/hosts/{host}");
@@ -98,18 +104,24 @@ pub(crate) fn said(session: &Session, done: bool, what: &str) -> Result<(), Fail
     }
 }
 
-async fn add_token(session: &Session, ttl: u32) -> Result<(), Failure> {
+/// A new token with which a host joins, and as `join` what it is told.
+async fn token(session: &Session, ttl: u32) -> Result<Value, Failure> {
     let mut value = session
         .client
         .post("/v1/hosts/tokens", &json!({ "ttl_s": ttl }))
         .await?;
-    let token = value["token"].as_str().unwrap_or_default().to_owned();
-    let join = format!("{token}@{}", session.client.server().address);
+    let token = value["token"].as_str().unwrap_or_default();
+    value["join"] = format!("{token}@{}", session.client.server().address).into();
+    Ok(value)
+}
+
+async fn add_token(session: &Session, ttl: u32) -> Result<(), Failure> {
+    let value = token(session, ttl).await?;
+    let join = value["join"].as_str().unwrap_or_default();
     if session.format.is_data() {
-        value["join"] = join.into();
         return out::data(session.format, &value);
     }
-    out::line(&format!("godwit agent --join {}", out::safe::text(&join)))?;
+    out::line(&format!("godwit agent --join {}", out::safe::text(join)))?;
     out::note(&format!(
         "run this on the new host within {ttl} s; the token lets one host join, once"
     ));

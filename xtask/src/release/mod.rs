@@ -104,8 +104,7 @@ fn archive(release: &Release) -> Result<PathBuf> {
         .arg(&file)
         .arg("--directory")
         .arg(&staging)
-        .arg(&name)
-        .env("GZIP", "-n"))?;
+        .arg(&name))?;
     fs::remove_dir_all(&staging)?;
     Ok(file)
 }
