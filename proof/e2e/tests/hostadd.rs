@@ -101,7 +101,7 @@ fn a_bare_machine_is_shown_added_and_runs_a_vm() -> Result<()> {
     let shown = add(&["--dry-run"])?;
     ensure!(shown.code == Some(0), "{shown:?}");
     ensure!(
-        shown.stdout.contains("would be managed") && shown.stdout.contains("qemu"),
+        shown.out.contains("would be managed") && shown.out.contains("qemu"),
         "{shown:?}"
     );
     ensure!(
@@ -110,20 +110,14 @@ fn a_bare_machine_is_shown_added_and_runs_a_vm() -> Result<()> {
     );
 
     let unasked = add(&[])?;
-    ensure!(
-        unasked.code == Some(2) && unasked.stderr.contains("--yes"),
-        "{unasked:?}"
-    );
+    ensure!(unasked.code == Some(2) && unasked.err.contains("--yes"), "{unasked:?}");
     ensure!(
         bare.there(&["ls", "/usr/local/bin/godwit", "/etc/godwit"]).is_err(),
         "something stayed"
     );
 
     let lacking = add(&["--yes", "--uplink", "nosuch0"])?;
-    ensure!(
-        lacking.code == Some(7) && lacking.stderr.contains("uplink"),
-        "{lacking:?}"
-    );
+    ensure!(lacking.code == Some(7) && lacking.err.contains("uplink"), "{lacking:?}");
 
     let added = add(&[
         "--yes",
@@ -135,14 +129,14 @@ fn a_bare_machine_is_shown_added_and_runs_a_vm() -> Result<()> {
         "local=/srv/godwit/local",
     ])?;
     ensure!(
-        added.code == Some(0) && added.stdout.contains("host bare1 has joined"),
+        added.code == Some(0) && added.out.contains("host bare1 has joined"),
         "{added:?}"
     );
     let mode = bare.there(&["stat", "-c", "%a", "/etc/godwit/agent.toml"])?;
     ensure!(mode.trim() == "600", "the token lies open: {mode}");
 
     let again = add(&["--yes"])?;
-    ensure!(again.code == Some(5) && again.stderr.contains("already"), "{again:?}");
+    ensure!(again.code == Some(5) && again.err.contains("already"), "{again:?}");
 
     bare.cluster.cli(&["template", "build", "micro"])?;
     bare.cluster.cli(&[
