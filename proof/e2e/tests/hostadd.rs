@@ -89,10 +89,8 @@ fn a_bare_machine_is_shown_added_and_runs_a_vm() -> Result<()> {
     let address = bare.cluster.lab().host(1)?.address().to_string();
     let shim = ssh_that_knows(&bare.key, &known)?;
     let add = |more: &[&str]| {
-        let words = ["host", "add", &machine, "--identity", &bare.key, "--address", &address]
-            .iter()
-            .chain(more);
-        let words: Vec<&str> = words.copied().collect();
+        let fixed = ["host", "add", &machine, "--identity", &bare.key, "--address", &address];
+        let words = [&fixed, more].concat();
         let mut command = bare.cluster.command(&words);
         command.env("PATH", &shim).stdin(std::process::Stdio::null());
         e2e::cluster::Ended::of(&mut command)
