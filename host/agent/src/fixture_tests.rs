@@ -86,7 +86,7 @@ impl Cell {
             pool: image::Pool::open(&dir.join("pool")).unwrap(),
             room: Arc::default(),
         };
-        Shared::new(Parts {
+        let shared = Shared::new(Parts {
             membership: Membership {
                 version: 1,
                 host: host_id(n),
@@ -96,7 +96,6 @@ impl Cell {
             },
             boot,
             peer_port: 1,
-            qemu: qemu::Qemu::new(program, capabilities),
             network: network::Network::open().unwrap(),
             desks: crate::desks::Common::new().unwrap(),
             policies: crate::policies::Policies::open(config.state_dir.join("ports")).unwrap(),
@@ -105,6 +104,8 @@ impl Cell {
             journal: journal::Journal::open(&config.journal_path(), boot).unwrap(),
             tunnels: tunnel::Program::open(&config.exe).unwrap(),
             config,
-        })
+        });
+        shared.has_hypervisor(qemu::Qemu::new(program, capabilities));
+        shared
     }
 }

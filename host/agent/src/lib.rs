@@ -41,12 +41,13 @@ mod telemetry;
 mod template;
 pub mod tunnel;
 mod tunnels;
+mod verdict;
 
 use std::{collections::BTreeMap, io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time::Duration};
 
 use model::{Name, PoolId, host::Hypervisor};
 use network::BridgeSpec;
-use tokio::{net::TcpListener, time::timeout};
+use tokio::{net::TcpListener, task::JoinSet, time::timeout};
 
 pub use config::{AgentConfig, Membership, StateError};
 pub use join::{JoinError, join};
@@ -56,7 +57,9 @@ pub use leave::{LeaveError, Standing, standing};
 use shared::{NamedPool, Parts, Shared};
 
 /// How long an agent that starts asks whether it is still of its cell; it learns it later otherwise.
-const STANDING_MAX: Duration = Duration::from_secs(2);
+///
+/// What waits for it are hand-overs, which are to be settled within 2 s.
+const STANDING_MAX: Duration = Duration::from_secs(1);
 
 /// Why an agent cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +134,8 @@ pub enum StartError {
 pub struct Agent {
     shared: Arc<Shared>,
     hypervisor: Hypervisor,
-    listener: TcpListener,
+    /// What hand-overs need, from before it is known which guests can run here.
+    serving: JoinSet<()>,
 }
 
 impl Agent {
@@ -162,29 +166,20 @@ impl Agent {
         let pools = open_pools(&config)?;
         let path = config.state_dir.join("ports");
         let policies = policies::Policies::open(path.clone()).map_err(|source| StartError::Path { path, source })?;
-        let program = qemu::Program::locate(Some(&config.qemu));
-        let capabilities = qemu::discover(&program).await?;
-        // Beside the probe: guests that wait for this agent wait no longer for a controller that does not answer.
-        let asked = timeout(STANDING_MAX, standing(&config));
-        let (verdict, asked) = tokio::join!(qemu::probe(&program), asked);
-        if let Ok(Ok(Standing::Removed(_))) = asked {
+        // Not for ever: guests that wait for this agent wait no longer for a controller that does not answer.
+        if let Ok(Ok(Standing::Removed(_))) = timeout(STANDING_MAX, standing(&config)).await {
             // Nothing is taken up: its VMs may run elsewhere by now.
             let Membership { host, controller, .. } = membership;
             return Err(StartError::Removed { host, controller });
         }
-        let verdict = verdict?;
-        tracing::info!(qemu = %capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
-        let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
         let address = config.address;
         let listening = listen_for_peers(&config).await;
         let (listener, peer_port) = listening.map_err(|source| StartError::Listen { address, source })?;
-        let qemu = qemu::Qemu::new(program, capabilities);
         let parts = Parts {
             config,
             membership,
             boot,
             peer_port,
-            qemu,
             network,
             desks,
             policies,
@@ -194,11 +189,16 @@ impl Agent {
             tunnels,
         };
         let shared = Shared::new(parts);
+        // A guest may stand until its hand-over is settled, and what is here already runs: only new guests wait for what follows.
         shared.take_up();
+        let mut serving = JoinSet::new();
+        serving.spawn(peers::listen(Arc::clone(&shared), listener));
+        serving.spawn(Arc::clone(&shared).sync_journal());
+        let hypervisor = find_hypervisor(&shared).await?;
         Ok(Self {
             shared,
             hypervisor,
-            listener,
+            serving,
         })
     }
 
@@ -216,15 +216,30 @@ impl Agent {
 
     /// Runs until it is dropped. VMs and migrations go on without it.
     pub async fn run(self) {
+        let Self {
+            shared,
+            hypervisor,
+            serving,
+        } = self;
         tokio::join!(
-            session::keep(Arc::clone(&self.shared), self.hypervisor),
-            peers::listen(Arc::clone(&self.shared), self.listener),
-            join::keep_fresh(Arc::clone(&self.shared)),
-            Arc::clone(&self.shared).sync_journal(),
-            telemetry::keep_telling(Arc::clone(&self.shared)),
-            Arc::clone(&self.shared).tell_traffic(),
+            session::keep(Arc::clone(&shared), hypervisor),
+            telemetry::keep_telling(Arc::clone(&shared)),
+            Arc::clone(&shared).tell_traffic(),
+            join::keep_fresh(shared),
+            serving.join_all(),
         );
     }
+}
+
+/// Finds out what QEMU can do here, and lets VMs start.
+async fn find_hypervisor(shared: &Shared) -> Result<Hypervisor, StartError> {
+    let program = qemu::Program::locate(Some(&shared.config.qemu));
+    let capabilities = qemu::discover(&program).await?;
+    let verdict = verdict::of(shared, &program, &capabilities).await?;
+    tracing::info!(qemu = %capabilities.version, accelerator = %verdict.accelerator, reason = verdict.reason, "hypervisor");
+    let hypervisor = capabilities.hypervisor(verdict.accelerator, verdict.reason);
+    shared.has_hypervisor(qemu::Qemu::new(program, capabilities));
+    Ok(hypervisor)
 }
 
 /// Listens for other agents, at the port of the last time if that is free: a hand-over that is under way names it.

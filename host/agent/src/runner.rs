@@ -309,7 +309,12 @@ impl Runner {
         let given = self.given.take().unwrap_or_default();
         let (shared, back) = (Arc::clone(&self.shared), self.back.clone());
         tokio::spawn(async move {
-            let started = shared.qemu.spawn(*launch, given).await.map_err(|error| chain(&error));
+            let started = shared
+                .qemu()
+                .await
+                .spawn(*launch, given)
+                .await
+                .map_err(|error| chain(&error));
             let _ = back.send(Fed::Started(started)).await;
         });
     }
@@ -530,7 +535,7 @@ async fn next_of(machine: &mut Option<qemu::Vm>) -> Option<Happened> {
 async fn adopt(shared: &Shared, vm: VmId, end_deaf: &AtomicBool) -> Result<qemu::Vm, String> {
     let run_dir = shared.config.vm_run_dir(vm);
     loop {
-        match shared.qemu.adopt(vm, &run_dir).await {
+        match qemu::Vm::adopt(vm, &run_dir).await {
             Ok(machine) => return Ok(machine),
             Err(error @ qemu::AdoptError::Gone) => return Err(chain(&error)),
             Err(error) => {

@@ -18,7 +18,7 @@ use model::{
 };
 use network::{InterfaceName, Network};
 use task::{Input, Peer, Saved, Task};
-use tokio::sync::{Notify, broadcast, mpsc};
+use tokio::sync::{Notify, SetOnce, broadcast, mpsc};
 use wire::{
     Up,
     session::{FRAME_BYTES_MAX, PORTS_MAX},
@@ -76,7 +76,8 @@ pub(crate) struct Shared {
     pub(crate) membership: Membership,
     pub(crate) boot: BootId,
     pub(crate) peer_port: u16,
-    pub(crate) qemu: qemu::Qemu,
+    /// Known a while after hand-overs were taken up.
+    qemu: SetOnce<qemu::Qemu>,
     /// What tunnels are started from.
     pub(crate) tunnels: tunnel::Program,
     /// What all desks share.
@@ -120,7 +121,6 @@ pub(crate) struct Parts {
     pub(crate) membership: Membership,
     pub(crate) boot: BootId,
     pub(crate) peer_port: u16,
-    pub(crate) qemu: qemu::Qemu,
     pub(crate) network: Network,
     pub(crate) desks: desks::Common,
     pub(crate) policies: Policies,
@@ -144,7 +144,7 @@ impl Shared {
             membership: parts.membership,
             boot: parts.boot,
             peer_port: parts.peer_port,
-            qemu: parts.qemu,
+            qemu: SetOnce::new(),
             tunnels: parts.tunnels,
             desks: parts.desks,
             network: Arc::new(parts.network),
@@ -167,6 +167,17 @@ impl Shared {
 
     pub(crate) fn host(&self) -> HostId {
         self.membership.host
+    }
+
+    /// From now on VMs can start.
+    pub(crate) fn has_hypervisor(&self, qemu: qemu::Qemu) {
+        // Found once in an agent's life.
+        let _ = self.qemu.set(qemu);
+    }
+
+    /// This host's QEMU, as soon as it is known.
+    pub(crate) async fn qemu(&self) -> &qemu::Qemu {
+        self.qemu.wait().await
     }
 
     pub(crate) fn identity(&self) -> Arc<NodeIdentity> {

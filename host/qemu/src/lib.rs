@@ -34,7 +34,7 @@ mod vm;
 pub use argv::ArgvError;
 pub use capability::{Capabilities, DiscoverError, discover};
 pub use launch::{AdoptError, Given, GivenKernel, GivenVolume, MonitorError, SpawnError, clear, living};
-pub use probe::{ProbeError, Verdict, probe};
+pub use probe::{ProbeError, Verdict, open_kvm, probe};
 pub use process::Pinned;
 pub use program::Program;
 pub use scope::own_scope;

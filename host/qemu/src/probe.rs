@@ -74,6 +74,14 @@ pub enum ProbeError {
     },
 }
 
+/// Opens KVM's device, as an accelerator would.
+///
+/// # Errors
+/// When it does not open.
+pub fn open_kvm() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/kvm")
+}
+
 /// Runs the probe's guest emulated and, if `/dev/kvm` opens, under KVM; takes one to two seconds.
 ///
 /// KVM is chosen only when its guest computes rightly and is not slower. Nothing is left of it, also when the caller is killed: the
@@ -84,8 +92,7 @@ pub enum ProbeError {
 pub async fn probe(program: &Program) -> Result<Verdict, ProbeError> {
     let disk = disk().map_err(ProbeError::Disk)?;
     let emulated = run(program, Accelerator::Tcg, &disk, EMULATED_DEADLINE).await;
-    let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    let kvm = match opened {
+    let kvm = match open_kvm() {
         Err(error) => Err(error),
         Ok(_) => {
             let deadline = match emulated {

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 /// The machine emulator's name within a system or an unpacked tree.
 const NAME: &str = "qemu-system-x86_64";
 
+/// Where a bare name is looked for, whatever the agent's own environment says.
+const SEARCHED: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// A QEMU program and what it needs around it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
@@ -62,6 +65,18 @@ impl Program {
         &self.path
     }
 
+    /// Its file; `None` where a bare name is nowhere.
+    #[must_use]
+    pub fn file(&self) -> Option<PathBuf> {
+        if self.path.components().count() > 1 || self.path.is_absolute() {
+            return Some(self.path.clone());
+        }
+        let mut found = SEARCHED
+            .split(':')
+            .map(|directory| Path::new(directory).join(&self.path));
+        found.find(|path| path.is_file())
+    }
+
     /// The arguments that come before all others.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
         self.data
@@ -78,10 +93,7 @@ impl Program {
     /// A command with the first arguments and a clean environment: nothing of the agent's own reaches a guest's process.
     pub(crate) fn command(&self) -> std::process::Command {
         let mut command = std::process::Command::new(&self.path);
-        command
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LC_ALL", "C");
+        command.env_clear().env("PATH", SEARCHED).env("LC_ALL", "C");
         command.envs(self.environment()).args(self.arguments());
         command
     }

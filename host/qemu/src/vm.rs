@@ -87,19 +87,19 @@ impl Qemu {
         let driven = launch::launch(&self.program, self.capabilities.sandbox, launch, given).await?;
         Ok(Vm::drive(driven, &run_dir, vm))
     }
+}
 
-    /// Finds a VM's process again, after the agent restarted.
+impl Vm {
+    /// Finds a VM's process again, after the agent restarted. What its QEMU can do needs not be known for it.
     ///
     /// The first thing that the VM tells is [`Happened::Up`].
     ///
     /// # Errors
     /// [`AdoptError::Gone`] when there is none. In every other case the guest may run.
-    pub async fn adopt(&self, vm: VmId, run_dir: &Path) -> Result<Vm, AdoptError> {
-        Ok(Vm::drive(launch::adopt(run_dir, vm).await?, run_dir, vm))
+    pub async fn adopt(vm: VmId, run_dir: &Path) -> Result<Vm, AdoptError> {
+        Ok(Self::drive(launch::adopt(run_dir, vm).await?, run_dir, vm))
     }
-}
 
-impl Vm {
     fn drive(driven: Driven, run_dir: &Path, vm: VmId) -> Self {
         let (actions, actions_out) = mpsc::channel(ACTIONS_MAX);
         let (happened_in, happened) = mpsc::channel(HAPPENED_MAX);

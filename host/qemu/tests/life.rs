@@ -144,18 +144,18 @@ async fn a_guest_outlives_its_agent_and_is_found_again() {
         serde_json::from_slice::<Process>(&std::fs::read(&record).unwrap()).unwrap(),
         process
     );
-    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Running);
+    assert_eq!(host.restart_agent(&shared).await, Condition::Running);
     assert_eq!(host.handle.process(), process);
 
     // Killed between the start and the record.
     std::fs::remove_file(&record).unwrap();
-    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Running);
+    assert_eq!(host.restart_agent(&shared).await, Condition::Running);
     assert_eq!(host.handle.process(), process);
     assert_counts(&ticks(&mut serial, 100).await);
     host.act(Action::Stand);
     host.until(|h| matches!(h, Happened::Standing { settled: true, .. }))
         .await;
-    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Standing);
+    assert_eq!(host.restart_agent(&shared).await, Condition::Standing);
 
     // The pid is another's by now.
     let other = Process {
@@ -164,14 +164,14 @@ async fn a_guest_outlives_its_agent_and_is_found_again() {
     };
     std::fs::write(&record, serde_json::to_vec(&other).unwrap()).unwrap();
     assert!(matches!(
-        qemu.adopt(shared.definition.vm, &host.run_dir()).await,
+        qemu::Vm::adopt(shared.definition.vm, &host.run_dir()).await,
         Err(AdoptError::Gone)
     ));
     std::fs::write(&record, serde_json::to_vec(&process).unwrap()).unwrap();
     host.act(Action::Kill);
     host.until(|h| matches!(h, Happened::Died { .. })).await;
     assert!(matches!(
-        qemu.adopt(shared.definition.vm, &host.run_dir()).await,
+        qemu::Vm::adopt(shared.definition.vm, &host.run_dir()).await,
         Err(AdoptError::Gone)
     ));
 }
@@ -183,9 +183,9 @@ async fn another_vms_process_is_never_taken_for_ours() {
     let mut host = Host::start(&qemu, &shared, Mode::Boot).await;
     let run_dir = host.run_dir();
     host.let_go();
-    let wrong = qemu.adopt(model::VmId(uuid::Uuid::now_v7()), &run_dir).await;
+    let wrong = qemu::Vm::adopt(model::VmId(uuid::Uuid::now_v7()), &run_dir).await;
     assert!(matches!(wrong, Err(AdoptError::Deaf { .. })), "{wrong:?}");
-    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Standing);
+    assert_eq!(host.restart_agent(&shared).await, Condition::Standing);
     host.end().await;
 }
 
@@ -223,7 +223,7 @@ async fn what_cannot_be_built_is_refused_with_its_reason_and_leaves_no_process()
     let fewer = qemu.spawn(launch(&shared, Mode::Boot, &run_dir), Given::default());
     let fewer = fewer.await.unwrap_err();
     assert_eq!(fewer.to_string(), "0 volumes were given for 1 in the definition");
-    let adopted = qemu.adopt(shared.definition.vm, &run_dir).await;
+    let adopted = qemu::Vm::adopt(shared.definition.vm, &run_dir).await;
     assert!(matches!(adopted, Err(AdoptError::Gone)), "{adopted:?}");
 
     let missing = qemu::Qemu::new(qemu::Program::at("/nonexistent/qemu"), capabilities.clone());
@@ -295,7 +295,7 @@ async fn a_monitor_that_was_lost_is_got_back_and_what_changed_meanwhile_is_told(
     std::fs::rename(&socket, &real).unwrap();
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let relay = relay_monitor(&listener, real.clone());
-    assert_eq!(host.restart_agent(&qemu, &shared).await, Condition::Running);
+    assert_eq!(host.restart_agent(&shared).await, Condition::Running);
 
     relay.abort();
     let (other, _events) = qmp::Session::connect(&real, qmp::Limits::default()).await.unwrap();

@@ -241,8 +241,8 @@ async fn a_restarted_agent_attends_to_the_copy_that_is_under_way() {
     source
         .until(|h| matches!(h, Happened::Copying(state) if state.bytes > 0))
         .await;
-    assert_eq!(source.restart_agent(&qemu, &shared).await, Condition::Running);
-    assert_eq!(destination.restart_agent(&qemu, &shared).await, Condition::Loading);
+    assert_eq!(source.restart_agent(&shared).await, Condition::Running);
+    assert_eq!(destination.restart_agent(&shared).await, Condition::Loading);
     source.act(Action::Attend);
     source.until(|h| matches!(h, Happened::Copying(_))).await;
     source.act(Action::Stand);
@@ -255,7 +255,7 @@ async fn a_restarted_agent_attends_to_the_copy_that_is_under_way() {
     assert_eq!(destination.next().await, Happened::Loaded);
     source.act(Action::Attend);
     assert!(copied(&source.next().await), "told again to who asks again");
-    assert_eq!(source.restart_agent(&qemu, &shared).await, Condition::Sent);
+    assert_eq!(source.restart_agent(&shared).await, Condition::Sent);
     source.end().await;
     destination.run().await;
     destination.end().await;

@@ -214,9 +214,9 @@ impl Host {
     }
 
     /// The agent ends, without a word, and another comes.
-    pub(crate) async fn restart_agent(&mut self, qemu: &Qemu, shared: &Shared) -> Condition {
+    pub(crate) async fn restart_agent(&mut self, shared: &Shared) -> Condition {
         self.vm = None;
-        self.vm = Some(qemu.adopt(shared.definition.vm, &self.run_dir()).await.unwrap());
+        self.vm = Some(qemu::Vm::adopt(shared.definition.vm, &self.run_dir()).await.unwrap());
         self.handle = self.vm().handle();
         match self.next().await {
             Happened::Up { condition } => condition,
