@@ -177,7 +177,7 @@ fn measure(txn: &mut Txn<'_>, id: OperationId, created: model::Timestamp) {
         let Some(migration) = operation.migration_mut() else {
             return;
         };
-        let entered = migration.entered.clone();
+        let entered = all_stages(&migration.entered, migration.stopped_at_ms, now);
         let running = entered.iter().find(|(stage, _)| *stage == Stage::Activation);
         let between = migration.resumed_at_ms.zip(migration.stopped_at_ms);
         let Some(receipt) = &mut migration.receipt else { return };
@@ -186,6 +186,42 @@ fn measure(txn: &mut Txn<'_>, id: OperationId, created: model::Timestamp) {
         receipt.stop_to_resume_ms = between.map(|(resumed, stopped)| resumed.saturating_sub(stopped));
         receipt.stages = stage_times(&entered, created, now);
     });
+}
+
+/// The stages that a finished move went through, each with its beginning. A report may have been overtaken by a later one, or have come
+/// long after what it tells: the standstill begins when the source says that its guest stood, as far as that fits between the stages
+/// around it (clocks of hosts differ). A stage of which nobody told took no time.
+fn all_stages(
+    entered: &[(Stage, model::Timestamp)],
+    stopped_at_ms: Option<i64>,
+    now: model::Timestamp,
+) -> Vec<(Stage, model::Timestamp)> {
+    const ALL: [Stage; 6] = [
+        Stage::PreMigration,
+        Stage::Reservation,
+        Stage::IterativePreCopy,
+        Stage::StopAndCopy,
+        Stage::Commitment,
+        Stage::Activation,
+    ];
+    let at = |stage| entered.iter().find(|(of, _)| *of == stage).map(|(_, at)| *at);
+    let mut stages = Vec::with_capacity(ALL.len() + 1);
+    let mut next = at(Stage::Finished).unwrap_or(now);
+    stages.push((Stage::Finished, next));
+    for stage in ALL.into_iter().rev() {
+        let told = at(stage).unwrap_or(next).min(next);
+        let begins = match (stage, stopped_at_ms) {
+            (Stage::StopAndCopy, Some(stopped)) => {
+                let copying = at(Stage::IterativePreCopy).unwrap_or(next).min(next);
+                model::Timestamp(stopped).clamp(copying, next)
+            }
+            _ => told,
+        };
+        next = begins;
+        stages.push((stage, begins));
+    }
+    stages.reverse();
+    stages
 }
 
 fn stage_times(
@@ -211,10 +247,18 @@ pub(crate) fn kept(txn: &mut Txn<'_>, vm: VmId, reason: &Refusal) {
         .world()
         .vm(vm)
         .is_some_and(|row| row.status.cleared.contains(&terms.source));
-    if off || !is_still_here(txn, vm, &terms) {
+    if !is_still_here(txn, vm, &terms) {
         return;
     }
     let running = running(txn, vm);
+    if off {
+        // It ended there, and now says that it was never released: the destination needs not be asked.
+        if let Some((id, migration)) = running {
+            roll_back(txn, id, &migration, reason.clone());
+            reconcile::settle_terms(txn, vm);
+        }
+        return;
+    }
     if running.is_none() && !is_unsettled(txn, vm) {
         return;
     }

@@ -10,35 +10,16 @@ mod cell;
 
 use std::collections::BTreeMap;
 
-use cell::{Cell, PROJECT, admin, boot, by_name, facts, host, name, wanted};
+use cell::{Cell, PROJECT, admin, boot, by_name, facts, host, migrate, moving, name, wanted};
 use model::{
-    Code, Command, Effect, Event, HostId, Mac, Millis, Order, Outcome, Receipt, Refusal, Report, Role, Row, Stage,
-    VmSpec, VmState,
+    Code, Command, Effect, Event, Mac, Millis, Order, Outcome, Receipt, Refusal, Report, Role, Row, Stage, VmSpec,
+    VmState,
     host::Link,
     migration::Message,
-    order::{Happening, OffCause, Relay, Verb, VmObserved, VmOrder, VmReport},
+    order::{Happening, OffCause, Relay, Verb, VmObserved, VmReport},
     query::{Page, Query, View},
 };
 use uuid::Uuid;
-
-fn migrate(vm: &str) -> Command {
-    Command::MigrateVm {
-        vm: by_name(vm),
-        to: None,
-    }
-}
-
-/// A VM under way from its host to another, with the orders that both got.
-fn moving(cell: &mut Cell) -> (HostId, HostId, VmOrder, VmOrder) {
-    let source = cell.running("web1");
-    cell.ask(migrate("web1")).unwrap();
-    let (destination, receive) = cell.last_order();
-    assert!(matches!(receive.verb, Verb::Receive { .. }));
-    cell.answer(destination, &receive, Happening::Receiving { tunnel_port: 9 });
-    let (at, send) = cell.last_order();
-    assert!(at == source && matches!(send.verb, Verb::Send { .. }));
-    (source, destination, receive, send)
-}
 
 #[test]
 fn a_vm_is_created_where_there_is_most_room_with_its_address_and_disk() {

@@ -13,7 +13,7 @@ use model::{
     host::{Accelerator, Hypervisor, PoolFacts},
     layout::Family,
     name::Reference,
-    order::{Happening, TemplateReport, VmObserved, VmOrder, VmReport},
+    order::{Happening, TemplateReport, Verb, VmObserved, VmOrder, VmReport},
     storage::Format,
     template::{Blob, Boot, Content, Disk, Seed},
 };
@@ -47,6 +47,26 @@ pub(crate) fn name(text: &str) -> Name {
 
 pub(crate) fn by_name(text: &str) -> Reference {
     text.parse().unwrap()
+}
+
+/// A person's wish to move a VM anywhere.
+pub(crate) fn migrate(vm: &str) -> Command {
+    Command::MigrateVm {
+        vm: by_name(vm),
+        to: None,
+    }
+}
+
+/// A VM under way from its host to another, with the orders that both got.
+pub(crate) fn moving(cell: &mut Cell) -> (HostId, HostId, VmOrder, VmOrder) {
+    let source = cell.running("web1");
+    cell.ask(migrate("web1")).unwrap();
+    let (destination, receive) = cell.last_order();
+    assert!(matches!(receive.verb, Verb::Receive { .. }));
+    cell.answer(destination, &receive, Happening::Receiving { tunnel_port: 9 });
+    let (at, send) = cell.last_order();
+    assert!(at == source && matches!(send.verb, Verb::Send { .. }));
+    (source, destination, receive, send)
 }
 
 pub(crate) fn admin() -> Actor {
