@@ -150,8 +150,7 @@ fn a_host_fetches_it_from_the_controller_when_no_other_host_is_there(shared: &mu
         < 2
     {
         ensure!(std::time::Instant::now() < end, "the hosts are not seen as lost");
-        // The command line offers no event for an arbitrary condition.
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(200)); // tidy: sleep because the command line offers no event for an arbitrary condition
     }
     let made = make(shared, 3, &pool, 1);
     for n in [1, 2] {
