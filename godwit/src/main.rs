@@ -63,8 +63,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// What is shown in place of the token with which a host joins: it would land in a log.
-const SECRET_SHOWN: &str = "(not shown)";
+/// How the tokens begin with which hosts join, and what is shown in their place: they would land in a log.
+const SECRET_BEGINS: &str = "gwj1.";
+const SECRET_SHOWN: &str = "gwj1.(not shown)";
 
 /// Says what is wrong with a command line, without what a terminal would obey, and without the secret in it.
 fn complain(arguments: &[OsString], error: &clap::Error) -> std::io::Result<()> {
@@ -81,15 +82,20 @@ fn complain(arguments: &[OsString], error: &clap::Error) -> std::io::Result<()> 
     }
 }
 
-/// The token in a command line: what `--join` has before its `@`, or all of it.
+/// The token in a command line: a word of its form wherever it stands, else what `--join` has before its `@`, or all of it.
 fn secret_in(words: &[String]) -> Option<&str> {
-    let at = words
+    let of_its_form = words
         .iter()
-        .position(|word| word == "--join" || word.starts_with("--join="))?;
-    let value = match words[at].strip_prefix("--join=") {
-        Some(value) => value,
-        None => words.get(at + 1)?,
+        .find_map(|word| Some(word.split_at(word.find(SECRET_BEGINS)?).1));
+    let joining = || {
+        let at = words
+            .iter()
+            .position(|word| word == "--join" || word.starts_with("--join="))?;
+        words[at]
+            .strip_prefix("--join=")
+            .or_else(|| words.get(at + 1).map(String::as_str))
     };
+    let value = of_its_form.or_else(joining)?;
     value.split('@').next().filter(|secret| !secret.is_empty())
 }
 
@@ -156,6 +162,7 @@ mod tests {
             assert_eq!(secret(line).as_deref(), Some("gwj1.abc"), "{line}");
         }
         assert_eq!(secret("agent --join AaH6@10.0.0.1:x").as_deref(), Some("AaH6"));
+        assert_eq!(secret("agent gwj1.abc@10.0.0.1:1").as_deref(), Some("gwj1.abc"));
         assert_eq!(secret("agent --join"), None);
         assert_eq!(secret("vm list"), None);
     }

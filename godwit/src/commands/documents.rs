@@ -115,8 +115,9 @@ fn takes(command: &Command) -> String {
             .iter()
             .map(|value| value.to_string_lossy());
         let default = defaults.collect::<Vec<_>>().join(", ");
-        let default = if default.is_empty() || argument.is_hide_default_value_set() {
-            default
+        let told = default.is_empty() || argument.is_hide_default_value_set() || !argument.get_action().takes_values();
+        let default = if told {
+            String::new()
         } else {
             format!(" (without it: `{default}`)")
         };
@@ -133,6 +134,18 @@ fn takes(command: &Command) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_reference_in_the_tree_is_that_of_this_command_line() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/commands.md");
+        let mut whole = cli::command();
+        whole.build();
+        let stored = fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            stored == reference(&whole),
+            "docs/commands.md is old: `cargo run -p godwit -- documents target/documents && cp target/documents/commands.md docs/`"
+        );
+    }
 
     #[test]
     fn every_command_has_a_page() {
