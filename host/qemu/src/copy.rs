@@ -141,7 +141,7 @@ pub(crate) fn outcome(info: &MigrationInfo) -> Happened {
                 .clone()
                 .unwrap_or_else(|| "QEMU gives no reason".to_owned());
             Happened::CopyFailed {
-                reason: format!("the copy failed: {reason}"),
+                reason: format!("its copy broke: {reason}"),
             }
         }
         _ => Happened::CopyFailed {
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(
             told,
             [Happened::CopyFailed {
-                reason: "the copy failed: Broken pipe".to_owned()
+                reason: "its copy broke: Broken pipe".to_owned()
             }]
         );
         assert!(over);

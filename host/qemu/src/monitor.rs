@@ -412,6 +412,7 @@ impl Monitor {
                 })
                 .await;
         }
+        self.held.turn_page();
         match self.sees_all_writes().await {
             Ok(true) => {}
             Ok(false) => match self.stand().await {

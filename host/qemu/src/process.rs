@@ -42,6 +42,8 @@ pub struct Pinned {
 pub(crate) struct Held {
     pub(crate) pinned: Pinned,
     messages: Option<File>,
+    /// Where in them what concerns the present begins.
+    present: usize,
 }
 
 /// Starts `command` as `identity`, in a session of its own, with `inherited` descriptors under their own numbers.
@@ -53,6 +55,7 @@ pub(crate) fn start(mut command: Command, identity: Identity, inherited: &[Owned
     Ok(Held {
         pinned: Pinned::child(command.spawn()?)?,
         messages: Some(messages),
+        present: 0,
     })
 }
 
@@ -102,9 +105,14 @@ fn message_file() -> io::Result<File> {
 /// Takes hold of a QEMU of an earlier agent; `None` when it is gone, or its pid is another's by now.
 pub(crate) fn hold(process: Process) -> io::Result<Option<Held>> {
     let found = Pinned::find(process)?;
-    Ok(found.map(|pinned| Held {
-        pinned,
-        messages: File::open(format!("/proc/{}/fd/2", process.pid)).ok(),
+    Ok(found.map(|pinned| {
+        let mut held = Held {
+            pinned,
+            messages: File::open(format!("/proc/{}/fd/2", process.pid)).ok(),
+            present: 0,
+        };
+        held.turn_page();
+        held
     }))
 }
 
@@ -218,21 +226,46 @@ impl Held {
             // Another agent's child: nobody here is told.
             None => "QEMU ended".to_owned(),
         };
-        match self.last_words() {
-            words if words.is_empty() => how,
-            words => format!("{how}: {words}"),
+        match (self.last_words(), how.ends_with("signal 9")) {
+            // Who is killed says nothing about it.
+            (_, true) => how,
+            (words, _) if words.is_empty() && how == "QEMU ended" => {
+                format!("{how} without a word, as when it is killed or there is no memory left")
+            }
+            (words, _) if words.is_empty() => how,
+            (words, _) => format!("{how}: {words}"),
         }
     }
 
-    fn last_words(&self) -> String {
-        let mut said = vec![0; MESSAGES_BYTES];
-        let Some(count) = self.messages.as_ref().and_then(|file| file.read_at(&mut said, 0).ok()) else {
-            return String::new();
-        };
-        let end = said[..count].iter().position(|byte| *byte == 0).unwrap_or(count);
-        let quoted = &said[end.saturating_sub(QUOTED_BYTES)..end];
-        String::from_utf8_lossy(quoted).trim().to_owned()
+    /// What was said by now is of the past: it explains no later end.
+    pub(crate) fn turn_page(&mut self) {
+        self.present = self.said().len();
     }
+
+    fn said(&self) -> Vec<u8> {
+        let mut said = vec![0; MESSAGES_BYTES];
+        let count = self.messages.as_ref().and_then(|file| file.read_at(&mut said, 0).ok());
+        let count = count.unwrap_or(0);
+        let end = said[..count].iter().position(|byte| *byte == 0).unwrap_or(count);
+        said.truncate(end);
+        said
+    }
+
+    fn last_words(&self) -> String {
+        let said = self.said();
+        let quoted = said.get(self.present..).unwrap_or_default();
+        let quoted = &quoted[quoted.len().saturating_sub(QUOTED_BYTES)..];
+        in_one_line(&String::from_utf8_lossy(quoted))
+    }
+}
+
+/// QEMU's messages without the time and name that it puts before each, in one line.
+fn in_one_line(said: &str) -> String {
+    let lines = said.lines().map(|line| match line.split_once(": ") {
+        Some((before, message)) if before.contains("qemu-system-") => message.trim(),
+        _ => line.trim(),
+    });
+    lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 /// Field 22 of `/proc/PID/stat`; the second field may hold spaces and parentheses.
@@ -251,4 +284,55 @@ fn as_pid(pid: u32) -> io::Result<Pid> {
         .ok()
         .and_then(Pid::from_raw)
         .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn held(program: &str, arguments: &[&str]) -> (Held, File) {
+        let messages = message_file().unwrap();
+        let mut command = Command::new(program);
+        command.args(arguments).stderr(messages.try_clone().unwrap());
+        let pinned = Pinned::child(command.spawn().unwrap()).unwrap();
+        let kept = messages.try_clone().unwrap();
+        let held = Held {
+            pinned,
+            messages: Some(messages),
+            present: 0,
+        };
+        (held, kept)
+    }
+
+    fn ended(held: &Held) {
+        let pidfd = held.pinned.as_fd();
+        let mut slots = [rustix::event::PollFd::from_borrowed_fd(
+            pidfd,
+            rustix::event::PollFlags::IN,
+        )];
+        rustix::event::poll(&mut slots, None).unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_told_in_one_line_with_its_present_words_only() {
+        let (mut killed, mut said) = held("sleep", &["100"]);
+        said.write_all(b"2026-11-20T20:12:16.1Z qemu-system-x86_64: of the last move\n")
+            .unwrap();
+        killed.pinned.kill().unwrap();
+        ended(&killed);
+        assert_eq!(killed.obituary(), "QEMU was killed by signal 9");
+        killed.turn_page();
+        // As after the agent that was its parent: nobody is told how it ended.
+        assert!(killed.obituary().contains("without a word"), "{}", killed.obituary());
+
+        let (mut failed, mut said) = held("sh", &["-c", "exit 1"]);
+        ended(&failed);
+        said.write_all(b"old\n").unwrap();
+        failed.turn_page();
+        said.write_all(b"2026-11-20T20:12:28.9Z qemu-system-x86_64: no disk\nqemu-system-x86_64: warning: x\n")
+            .unwrap();
+        assert_eq!(failed.obituary(), "QEMU ended with status 1: no disk; warning: x");
+    }
 }
