@@ -11,10 +11,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -23,16 +20,19 @@ use model::{
     Digest, HostId, Report,
     order::{Holder, Relay},
 };
+use task::Input;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
     time::timeout,
 };
 use wire::{Decoder, Peer, peer::FRAME_BYTES_MAX};
 
 use crate::{
     blobs::{self, Lender},
+    runner::Fed,
     shared::Shared,
     standstill::{self, Portion},
 };
@@ -55,6 +55,9 @@ const BORROW_MAX: Duration = Duration::from_secs(40);
 const REASON_MAX: usize = 300;
 /// After this long without a byte the connection is lost.
 const LOST_AFTER: Duration = Duration::from_secs(10);
+
+/// Between two tries to connect to an agent that a hand-over waits for.
+const DIAL_AGAIN: Duration = Duration::from_millis(250);
 
 /// Why a connection between agents ended.
 #[derive(Debug, thiserror::Error)]
@@ -86,19 +89,19 @@ struct Link {
     /// What goes after a guest.
     portions: mpsc::Sender<Portion>,
     /// Whether the other side has answered. Until then a word may wait here for a host that is not there any more.
-    up: Arc<AtomicBool>,
+    up: watch::Receiver<bool>,
 }
 
 impl Link {
-    fn new(up: bool) -> (Self, Queues) {
+    fn new(up: bool) -> (Self, Queues, watch::Sender<bool>) {
         let (words, queue) = mpsc::channel(WAITING_MAX);
         let (portions, sent) = mpsc::channel(PORTIONS_SENT_MAX);
-        let up = Arc::new(AtomicBool::new(up));
+        let (set_up, up) = watch::channel(up);
         let queues = Queues {
             words: queue,
             portions: sent,
         };
-        (Self { words, portions, up }, queues)
+        (Self { words, portions, up }, queues, set_up)
     }
 }
 
@@ -115,7 +118,7 @@ impl Peers {
         let direct = self
             .lock()
             .get(&word.to)
-            .is_some_and(|link| link.words.try_send(word).is_ok() && link.up.load(Ordering::Relaxed));
+            .is_some_and(|link| link.words.try_send(word).is_ok() && *link.up.borrow());
         // Without a session it would only wait, and be old: words are repeated as long as they matter.
         if (!direct || also_relay) && shared.link().is_some() {
             shared.reports.push(Report::Relay(word));
@@ -137,8 +140,7 @@ impl Peers {
             if links.get(&host).is_some_and(|link| !link.words.is_closed()) {
                 return;
             }
-            let (link, queues) = Link::new(false);
-            let up = Arc::clone(&link.up);
+            let (link, queues, up) = Link::new(false);
             links.insert(host, link);
             (up, queues)
         };
@@ -155,11 +157,48 @@ impl Peers {
     }
 }
 
+/// Tells a VM's runner whether another host's agent hears us, and keeps a connection to it, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct PeerWatch(JoinHandle<()>);
+
+impl Drop for PeerWatch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl PeerWatch {
+    pub(crate) fn begin(shared: &Arc<Shared>, host: HostId, address: SocketAddr, fed: mpsc::Sender<Fed>) -> Self {
+        // At once: the stream waits for it.
+        shared.peers.ensure(shared, host, address);
+        let shared = Arc::clone(shared);
+        Self(tokio::spawn(async move {
+            loop {
+                shared.peers.ensure(&shared, host, address);
+                let link = shared.peers.lock().get(&host).cloned();
+                if let Some(mut link) = link {
+                    let up = tokio::select! {
+                        up = link.up.wait_for(|up| *up) => up.is_ok(),
+                        () = link.words.closed() => false,
+                    };
+                    if up {
+                        // A runner that has ended wants to hear nothing.
+                        let _ = fed.send(Fed::Input(Input::PeerLink { up: true })).await;
+                        link.words.closed().await;
+                        let _ = fed.send(Fed::Input(Input::PeerLink { up: false })).await;
+                    }
+                }
+                tokio::time::sleep(DIAL_AGAIN).await;
+            }
+        }))
+    }
+}
+
 async fn dial(
     shared: &Arc<Shared>,
     host: HostId,
     address: SocketAddr,
-    up: &AtomicBool,
+    up: &watch::Sender<bool>,
     queues: Queues,
 ) -> Result<(), LinkError> {
     let config = tls::to_host(&shared.identity(), host.0)?;
@@ -180,7 +219,7 @@ async fn dial(
         .map_err(|_| LinkError::Silent)??
     {
         Some(Peer::Accepted { version }) if (wire::VERSION_MIN..=wire::VERSION_MAX).contains(&version) => {
-            up.store(true, Ordering::Relaxed);
+            up.send_replace(true);
         }
         _ => return Err(LinkError::Version),
     }
@@ -283,7 +322,7 @@ async fn accept(shared: &Arc<Shared>, stream: TcpStream) -> Result<(), LinkError
     };
     let version = version.ok_or(LinkError::Version)?;
     put(&mut stream, &Peer::Accepted { version }).await?;
-    let (link, queues) = Link::new(true);
+    let (link, queues, _up) = Link::new(true);
     shared.peers.lock().insert(host, link);
     talk(shared, host, stream, decoder, queues).await
 }

@@ -39,6 +39,7 @@ use crate::{
     console::Serial,
     desks::{self, Desks},
     journal,
+    peers::PeerWatch,
     ports::{self, Found, Ports},
     portstate::To,
     seeds,
@@ -46,6 +47,7 @@ use crate::{
     standstill::{Move, Standstill},
     telemetry::Watched,
     template::{chain, named},
+    tunnel,
     tunnels::Tunnel,
 };
 
@@ -107,6 +109,7 @@ pub(crate) fn start(
         ports: Ports::default(),
         desks: Desks::default(),
         tunnel: None,
+        peer: None,
         standstill: Standstill::default(),
         timers: BTreeMap::new(),
         said: (None, 0),
@@ -139,6 +142,8 @@ struct Runner {
     ports: Ports,
     desks: Desks,
     tunnel: Option<Tunnel>,
+    /// Source: watches the connection to the destination's agent.
+    peer: Option<PeerWatch>,
     standstill: Standstill,
     timers: BTreeMap<Timer, Instant>,
     /// The last word and how often it was said.
@@ -405,6 +410,7 @@ impl Runner {
         self.ports.forget();
         self.desks.close();
         self.tunnel = None;
+        self.peer = None;
         self.standstill.forget();
         *lock(&self.shown.serial) = None;
         *lock(&self.shown.watched) = None;
@@ -439,17 +445,41 @@ impl Runner {
             TunnelWish::Listen(terms) => Tunnel::listen(&self.shared.tunnels, config, &terms, self.back.clone()),
             TunnelWish::Dial(terms, to) => {
                 let peer = SocketAddr::new(to.address, to.peer_port);
-                self.shared.peers.ensure(&self.shared, terms.destination, peer);
+                self.peer = Some(PeerWatch::begin(
+                    &self.shared,
+                    terms.destination,
+                    peer,
+                    self.back.clone(),
+                ));
                 let tunnel = SocketAddr::new(to.address, to.tunnel_port);
                 Tunnel::dial(&self.shared.tunnels, config, &terms, tunnel, self.back.clone())
             }
             TunnelWish::Adopt => match &self.task.saved().role {
-                Role::Source { terms, .. } | Role::Destination { terms, .. } => {
+                Role::Source { terms, to, .. } => {
+                    let peer = SocketAddr::new(to.address, to.peer_port);
+                    self.peer = Some(PeerWatch::begin(
+                        &self.shared,
+                        terms.destination,
+                        peer,
+                        self.back.clone(),
+                    ));
                     Tunnel::adopt(config, terms, self.back.clone())
                 }
+                Role::Destination { terms, .. } => Tunnel::adopt(config, terms, self.back.clone()),
                 Role::None | Role::Holder => return,
             },
+            TunnelWish::Flow | TunnelWish::Hold | TunnelWish::Free => {
+                if let Some(tunnel) = &mut self.tunnel {
+                    tunnel.say(match wish {
+                        TunnelWish::Flow => tunnel::Word::Flow,
+                        TunnelWish::Hold => tunnel::Word::Hold,
+                        _ => tunnel::Word::Free,
+                    });
+                }
+                return;
+            }
             TunnelWish::Close => {
+                self.peer = None;
                 if let Some(tunnel) = &self.tunnel {
                     tunnel.close();
                 }

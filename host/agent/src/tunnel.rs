@@ -10,10 +10,12 @@
 //!   (token), and the peer's QEMU is there. A stranger gets nothing and holds nothing that the right peer needs.
 //! - Bytes and ends of stream pass in both directions exactly; a stream that was cut is never given out as one that ended.
 //! - At most [`CHANNELS_MAX`] connections of QEMU, kept in their order.
+//! - A source's stream flows only while its agent lets it, or once that has said that it may flow to its end (`leash`).
 //! - The process can be killed at any time: the kernel closes its sockets, and both QEMUs see the end of their stream.
 //!
 //! Threads with poll, one for each connection: see the numbers in `relay`.
 
+mod leash;
 mod link;
 mod process;
 mod relay;
@@ -39,12 +41,14 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt;
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
+pub use leash::Word;
 pub use link::LinkError;
 pub use process::{ProcessError, Program, Running, adopt, spawn};
 pub use relay::RelayError;
 pub use spec::{Side, SpecError, Token, TunnelSpec, VERSION};
 pub use status::{Phase, TunnelStatus};
 
+use leash::{Gate, Leash};
 use link::Link;
 use relay::{Traffic, relay};
 use status::StatusFile;
@@ -119,14 +123,20 @@ pub fn run(spec: &TunnelSpec) -> Result<(), TunnelError> {
     let identity = NodeIdentity::load(&spec.identity)?;
     let mut file = StatusFile::new(spec.status_path());
     let outcome = match &spec.side {
-        Side::Source { listen, peer_address } => {
+        Side::Source {
+            listen,
+            peer_address,
+            leash,
+        } => {
             let config = Arc::new(identity::tls::to_host(&identity, spec.peer)?);
             let local = bind_local(listen)?;
+            let leash = leash.then(|| Leash::bind(&spec.leash_path())).transpose()?;
             Source {
                 tunnel: &tunnel,
                 config,
                 peer: *peer_address,
                 local,
+                leash,
                 ready: None,
             }
             .serve(&mut file)
@@ -162,6 +172,7 @@ pub fn run(spec: &TunnelSpec) -> Result<(), TunnelError> {
 struct Tunnel {
     spec: TunnelSpec,
     traffic: Traffic,
+    gate: Gate,
     /// Authenticated connections now; never more than [`CHANNELS_MAX`].
     slots: AtomicU32,
     refused: AtomicU64,
@@ -188,6 +199,7 @@ struct Facts {
 impl Tunnel {
     fn new(spec: TunnelSpec) -> io::Result<Self> {
         Ok(Self {
+            gate: Gate::new(!matches!(spec.side, Side::Source { leash: true, .. }))?,
             spec,
             traffic: Traffic::default(),
             slots: AtomicU32::new(0),
@@ -246,7 +258,7 @@ impl Tunnel {
         // Only a size hint; the default works too.
         let _ = sockopt::set_socket_send_buffer_size_force(&local, LOCAL_BUFFER_BYTES)
             .or_else(|_| sockopt::set_socket_send_buffer_size(&local, LOCAL_BUFFER_BYTES));
-        let outcome = relay(link.net, link.tls, local, &self.traffic);
+        let outcome = relay(link.net, link.tls, local, &self.traffic, &self.gate);
         self.change(|facts| {
             facts.channels_open -= 1;
             if let Err(error) = outcome {
@@ -310,6 +322,7 @@ struct Source<'a> {
     config: Arc<ClientConfig>,
     peer: std::net::SocketAddr,
     local: UnixListener,
+    leash: Option<Leash>,
     /// The first connection, made before the migration begins.
     ready: Option<Link>,
 }
@@ -326,11 +339,17 @@ impl Source<'_> {
             if let Some(link) = &self.ready {
                 watch.push(PollFd::new(&link.net, PollFlags::IN));
             }
+            if let Some(leash) = &self.leash {
+                leash.watch(&mut watch);
+            }
             let ready = match self.tunnel.turn(&watch, file, began)? {
                 Turn::Over => return Ok(()),
                 Turn::Ready(ready) => ready,
             };
-            if ready.get(1) == Some(&true) {
+            if let Some(leash) = &mut self.leash {
+                leash.heed(&self.tunnel.gate);
+            }
+            if self.ready.is_some() && ready.get(1) == Some(&true) {
                 // The destination has nothing to say before the opening, so this is its end.
                 return Err(TunnelError::Left);
             }

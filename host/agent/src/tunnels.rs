@@ -1,8 +1,9 @@
 //! A migration's tunnel as the agent sees it: a process of its own, watched by its status file and its end.
 
 use std::{
+    io::Write as _,
     net::SocketAddr,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -41,6 +42,9 @@ pub(crate) struct Tunnel {
     /// Whether anybody still wants to hear of it. Its end is waited for in any case: a child that nobody waits for stays a zombie.
     heard: Arc<AtomicBool>,
     process: tunnel::Running,
+    directory: PathBuf,
+    /// By which the process sees that this agent lives.
+    leash: Option<UnixStream>,
 }
 
 /// Where a VM's tunnel keeps its files.
@@ -98,7 +102,11 @@ impl Tunnel {
         fed: mpsc::Sender<Fed>,
     ) -> Result<Self, String> {
         let listen = config.vm_run_dir(terms.vm).join(OUTGOING_SOCKET);
-        let side = Side::Source { listen, peer_address };
+        let side = Side::Source {
+            listen,
+            peer_address,
+            leash: true,
+        };
         Self::start(program, &spec(config, terms, terms.destination.0, side), fed)
     }
 
@@ -136,9 +144,35 @@ impl Tunnel {
             fed,
             heard: Arc::clone(&heard),
         };
-        let followed = process.pinned().clone();
-        tokio::spawn(async move { follow(&directory, followed, changes, told).await });
-        Ok(Self { heard, process })
+        let (followed, followed_in) = (process.pinned().clone(), directory.clone());
+        tokio::spawn(async move { follow(&followed_in, followed, changes, told).await });
+        Ok(Self {
+            heard,
+            process,
+            directory,
+            leash: None,
+        })
+    }
+
+    /// Source: says whether the stream may flow.
+    pub(crate) fn say(&mut self, word: tunnel::Word) {
+        if let Err(error) = self.try_say(word) {
+            // A process of an earlier version has no leash, and flows; of one that is dead its watcher tells.
+            tracing::warn!(?word, %error, "the tunnel was not told whether it may flow");
+            self.leash = None;
+        }
+    }
+
+    fn try_say(&mut self, word: tunnel::Word) -> std::io::Result<()> {
+        let leash = match self.leash.take() {
+            Some(leash) => leash,
+            None => {
+                let leash = UnixStream::connect(self.directory.join("leash"))?;
+                leash.set_nonblocking(true)?;
+                leash
+            }
+        };
+        self.leash.insert(leash).write_all(&[word as u8])
     }
 
     /// Ends it, at once; whoever watches still hears how it stood.

@@ -21,6 +21,11 @@ pub enum Input {
     Lost,
     /// Something happened to the migration's tunnel.
     Tunnel(TunnelEvent),
+    /// Source: the connection to the destination's agent came or went.
+    PeerLink {
+        /// Whether it hears what is said to it.
+        up: bool,
+    },
     /// The other agent of a hand-over said something.
     Peer(Peer),
     /// A timer ran out.
@@ -111,6 +116,12 @@ pub enum Tunnel {
     Dial(Box<Terms>, Endpoint),
     /// After a restart: find it again. Answered by where it stands.
     Adopt,
+    /// Source: let the stream flow, for as long as this agent lives and does not say otherwise.
+    Flow,
+    /// Source: hold the stream. That is how it begins, and how it is when the agent is gone.
+    Hold,
+    /// Source: the VM is given away, so the stream flows to its end whatever becomes of this agent.
+    Free,
     /// End it. Answered by [`TunnelEvent::Closed`] where one was.
     Close,
 }

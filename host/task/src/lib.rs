@@ -15,6 +15,7 @@
 //! - A restarted agent goes on by [`Task::recover`], which is the same path as the first start.
 
 mod effect;
+mod flow;
 mod life;
 mod moving;
 mod saved;

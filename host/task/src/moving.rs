@@ -23,6 +23,8 @@ pub(crate) struct Move {
     listening: bool,
     /// Destination: where the tunnel listens.
     tunnel_port: Option<u16>,
+    /// Source: the destination's agent hears what is said to it.
+    pub(crate) peer_up: bool,
     /// Source: the copy has been asked for.
     pub(crate) copying: bool,
     /// Source: how often the release has been said.
@@ -41,6 +43,8 @@ pub(crate) struct Move {
     stood_first: bool,
     /// Source: when the guest stood.
     pub(crate) stopped_at_ms: Option<i64>,
+    /// Source: how its process ended.
+    died: Option<String>,
     /// Source: the destination has it; the process is to end once its figures are in.
     tearing_down: bool,
 }
@@ -200,6 +204,8 @@ impl Task {
                 Source::Released => vec![self.save(), self.report(Happening::Released)],
                 _ => vec![self.save()],
             },
+            SourceEffect::Flow => self.flow(),
+            SourceEffect::Hold => vec![Effect::Tunnel(Tunnel::Hold)],
             SourceEffect::Stand => vec![Effect::Missed(Missed::Keep), Effect::Act(Action::Stand)],
             SourceEffect::CancelCopy if self.moving.copying => vec![Effect::Act(Action::CancelCopy)],
             SourceEffect::CancelCopy => self.source(SourceInput::CopyFailed {
@@ -213,10 +219,14 @@ impl Task {
                 };
                 let pause = RESEND.0 << self.moving.said.min(4);
                 self.moving.said += 1;
-                vec![
+                let mut effects = vec![
                     Effect::Say(word),
                     Effect::Set(Timer::Resend, Millis(pause.min(RESEND_MAX.0))),
-                ]
+                ];
+                if self.moving.said == 1 {
+                    effects.push(Effect::Tunnel(Tunnel::Free));
+                }
+                effects
             }
             SourceEffect::Resume if self.up.is_some() && self.wants_run() => {
                 vec![Effect::OpenPorts, Effect::Act(Action::Run)]
@@ -251,9 +261,14 @@ impl Task {
             Effect::Tunnel(Tunnel::Close),
             Effect::Missed(Missed::Drop),
         ];
-        effects.extend(self.answer(what));
-        if self.up.is_none() {
-            effects.extend(self.off("it died while it was being moved".to_owned()));
+        match self.up {
+            Some(_) => effects.extend(self.answer(what)),
+            // Off first: nobody is to take it for running.
+            None => {
+                let detail = self.moving.died.take();
+                effects.extend(self.off(detail.unwrap_or_else(|| "it died while it was moved".to_owned())));
+                effects.push(self.report(what));
+            }
         }
         effects
     }
@@ -460,10 +475,8 @@ impl Task {
             }
             Happened::CopyFailed { reason } => {
                 self.moving.copying = false;
-                let text = format!("the copy of VM {} failed: {reason}", self.saved.vm);
-                self.source(SourceInput::CopyFailed {
-                    reason: Refusal::new(Code::HostFailed, text),
-                })
+                let reason = self.not_copied(&reason);
+                self.source(SourceInput::CopyFailed { reason })
             }
             Happened::Loaded => self.destination(DestinationInput::Complete),
             Happened::LoadFailed { reason } => self.destination(DestinationInput::GiveUp { reason }),
@@ -481,11 +494,13 @@ impl Task {
         if let Some(round) = copy.ended
             && self.moving.rounds.len() < ROUNDS_MAX
         {
-            self.moving.rounds.push(round);
+            // QEMU also counts those that were too short to be seen.
+            let number = self.moving.rounds.len() as u64 + 1;
+            self.moving.rounds.push(Round { number, ..round });
         }
         if let Some(operation) = self.saved.operation {
             let progress = Progress {
-                doing: "copying memory".to_owned(),
+                doing: self.doing().to_owned(),
                 bytes: copy.bytes,
                 remaining_bytes: Some(copy.remaining_bytes),
                 // As the receipt counts them: QEMU's own number grows also by rounds too short to be seen.
@@ -541,10 +556,9 @@ impl Task {
         }
         match &self.saved.role {
             Role::Source { .. } => {
-                let text = format!("VM {} died while it was being moved: {detail}", self.saved.vm);
-                self.source(SourceInput::Died {
-                    reason: Refusal::new(Code::HostFailed, text),
-                })
+                let reason = self.died_moving(detail);
+                self.moving.died = Some(detail.to_owned());
+                self.source(SourceInput::Died { reason })
             }
             Role::Destination {
                 state: Destination::Run,
@@ -571,13 +585,8 @@ impl Task {
             Timer::Resend if source => self.source(SourceInput::Resend),
             Timer::Resend => self.destination(DestinationInput::Resend),
             Timer::Deadline if source => {
-                let text = format!(
-                    "VM {} did not move within its deadline; it runs on where it was",
-                    self.saved.vm
-                );
-                self.source(SourceInput::GiveUp {
-                    reason: Refusal::new(Code::TimedOut, text),
-                })
+                let reason = self.out_of_time();
+                self.source(SourceInput::GiveUp { reason })
             }
             _ => self.destination(DestinationInput::GiveUp {
                 reason: "its deadline passed".to_owned(),
@@ -611,12 +620,14 @@ impl Task {
                     bytes_per_s_max: None,
                     downtime_max: DOWNTIME_AIM,
                 };
-                vec![
+                let mut effects = self.flow();
+                effects.extend([
                     // A driver may stand the guest before it copies.
                     Effect::Missed(Missed::Keep),
                     Effect::Act(Action::Copy(limits)),
                     self.report(Happening::Copying),
-                ]
+                ]);
+                effects
             }
             TunnelEvent::Closed { wire_bytes } => {
                 self.moving.wire_bytes = Some(wire_bytes);
@@ -652,10 +663,12 @@ impl Task {
                 self.moving.copying = true;
                 self.moving.attending = matches!(state, Source::Copying { .. });
                 match state {
-                    Source::Copying { .. } => vec![
-                        Effect::Act(Action::Attend),
-                        Effect::Set(Timer::Deadline, terms.deadline),
-                    ],
+                    Source::Copying { .. } => {
+                        let mut effects = self.found_copying(condition);
+                        effects.push(Effect::Act(Action::Attend));
+                        effects.push(Effect::Set(Timer::Deadline, terms.deadline));
+                        effects
+                    }
                     Source::Released => self.source(SourceInput::Resend),
                     Source::HandedOver => self.tear_down(),
                     Source::Kept { .. } | Source::Reclaimed => {

@@ -112,7 +112,9 @@ impl Task {
     /// What a source whose copy goes on has asked of its process and not got: it may have been refused, as while the monitor was lost.
     pub(crate) fn moving_asked_again(&self) -> Vec<Effect> {
         let Role::Source {
-            state: Source::Copying { standing, giving_up },
+            state: Source::Copying {
+                standing, giving_up, ..
+            },
             ..
         } = &self.saved.role
         else {

@@ -129,6 +129,9 @@ impl Task {
             input,
             Input::Lost | Input::Driver(Happened::Up { .. } | Happened::NotUp { .. })
         );
+        if let Input::PeerLink { up } = input {
+            return self.peer_link(up);
+        }
         if self.recovering && !tells {
             // What does not fit comes again: orders on the next connection, words by their timers. What is repeated counts once, and what
             // the process said before says nothing: it is asked.
@@ -163,6 +166,7 @@ impl Task {
             Input::Driver(happened) => self.driver(happened),
             Input::Lost => self.lost(),
             Input::Tunnel(event) => self.tunnel(event),
+            Input::PeerLink { up } => self.peer_link(up),
             Input::Peer(peer) => self.peer(peer),
             Input::Timer(timer) => self.timer(timer),
             Input::FilesDeleted(result) => self.files_deleted(result),

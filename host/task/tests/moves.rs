@@ -9,7 +9,7 @@ use model::{
     Message,
     order::{Happening, Verb},
 };
-use task::{Input, Missed, Peer, Role, Timer, TunnelEvent};
+use task::{Input, Missed, Peer, Role, Timer, Tunnel, TunnelEvent};
 
 /// Two machines, and the copy between them.
 struct Pair {
@@ -452,6 +452,7 @@ fn a_source_that_waits_for_ever_is_cleared_by_a_later_generation() {
         a.settle();
         let to = endpoint();
         a.order(order(1, 3, Verb::Send { terms: terms(), to }));
+        while a.turn() {}
         let words = said(&mut a, vec![Input::Driver(nearly())]);
         assert_eq!(words, [Message::Release]);
         assert_eq!(a.seen(), Happening::Released);
@@ -622,4 +623,59 @@ fn a_deaf_source_is_ended_by_a_kill_before_its_release_and_by_the_destinations_r
     assert!(!ends(&mut a, word(Message::Void)), "it is to run again");
     assert!(!ends(&mut a, ordered(5, Verb::Kill)));
     assert!(ends(&mut a, word(Message::Run)));
+}
+
+#[test]
+fn while_the_destinations_agent_does_not_hear_the_guest_runs_and_the_stream_is_held() {
+    let mut pair = Pair::new();
+    pair.a.peer_up = false;
+    for _ in 0..200 {
+        pair.control();
+        pair.a.turn();
+        pair.b.turn();
+        pair.route();
+    }
+    assert_eq!(pair.a.process, Some(Condition::Running), "it was asked to stand");
+    assert_eq!(pair.a.flows, []);
+    pair.a.inputs.push_back(Input::PeerLink { up: true });
+    pair.a.turn();
+    assert_eq!(pair.a.flows, [Tunnel::Flow]);
+    pair.a.inputs.push_back(Input::PeerLink { up: false });
+    pair.a.turn();
+    assert_eq!(pair.a.flows, [Tunnel::Flow, Tunnel::Hold]);
+    // A restarted agent knows nothing of the connection until it is told.
+    pair.a.inputs.push_back(Input::PeerLink { up: true });
+    pair.a.turn();
+    pair.a.inputs.push_back(Input::Driver(nearly()));
+    pair.settle(false);
+    assert_eq!(pair.runs(), [false, true]);
+    assert_eq!(
+        pair.a.flows.last(),
+        Some(&Tunnel::Free),
+        "what was given away flows to its end"
+    );
+}
+
+#[test]
+fn a_move_that_waits_for_the_destinations_agent_too_long_is_given_up_and_says_so() {
+    let mut pair = Pair::new();
+    pair.a.peer_up = false;
+    for _ in 0..200 {
+        pair.control();
+        pair.a.turn();
+        pair.b.turn();
+        pair.route();
+    }
+    pair.a.inputs.push_back(Input::Timer(Timer::Deadline));
+    pair.settle(false);
+    assert_eq!(pair.runs(), [true, false]);
+    let kept = pair.a.reports.iter().find_map(|what| match what {
+        Happening::Kept { reason } => Some(reason.message.clone()),
+        _ => None,
+    });
+    let kept = kept.expect("it is told");
+    assert!(
+        kept.contains("no connection to the destination's agent") && kept.contains("web1"),
+        "{kept}"
+    );
 }

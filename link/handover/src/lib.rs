@@ -26,6 +26,7 @@
 //!   its process to be dead.
 //! - A missing record means "never happened" only in the boot in which the terms were made. In any other it means *unknown*, and
 //!   nothing runs until both hosts were fenced or rebooted.
+//! - A does not ask its guest to stand while B's agent would not hear it: it holds the stream until it would, or its deadline passes.
 //! - Every message may be lost, repeated or late; every step may be the last before a crash.
 //! - No step needs the controller, nor an fsync: a host that loses power runs no guest, and its boot id tells.
 //!

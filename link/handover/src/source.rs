@@ -20,6 +20,9 @@ pub enum Source {
         /// Why the copy is being given up, once it is.
         #[serde(default)]
         giving_up: Option<Refusal>,
+        /// Whether the destination's agent would hear us now. Of no use to another agent, so the journal does not keep it.
+        #[serde(skip)]
+        connected: bool,
     },
     /// We have given the VM up. Only the destination's word ends this.
     Released,
@@ -53,6 +56,10 @@ pub enum Standing {
 /// What happened at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceInput {
+    /// From now on the destination's agent hears what is said to it.
+    PeerConnected,
+    /// It does not any more.
+    PeerLost,
     /// The little that is left fits the downtime: time to stand.
     NearlyDone,
     /// The guest stands.
@@ -88,6 +95,10 @@ pub enum SourceInput {
 pub enum SourceEffect {
     /// Write this state to the journal before going on.
     Journal,
+    /// Let the stream flow.
+    Flow,
+    /// Hold the stream: the hypervisor would end a copy by itself, and nobody could be told that the guest stands.
+    Hold,
     /// Make the guest stand.
     Stand,
     /// Stop copying.
@@ -113,6 +124,7 @@ impl Source {
         Self::Copying {
             standing: Standing::No,
             giving_up: None,
+            connected: false,
         }
     }
 
@@ -143,10 +155,31 @@ impl Source {
         matches!(self, Self::Copying { .. } | Self::Kept { .. } | Self::Reclaimed)
     }
 
+    /// Whether the stream may flow. While the guest runs it must not end unless the destination's agent can be told so. A guest that
+    /// stands already gains nothing by waiting.
+    #[must_use]
+    pub const fn flows(&self) -> bool {
+        match self {
+            Self::Copying {
+                standing, connected, ..
+            } => *connected || !matches!(standing, Standing::No),
+            _ => true,
+        }
+    }
+
     /// Takes what happened and returns what to do, in order.
     pub fn step(&mut self, input: SourceInput) -> Vec<SourceEffect> {
         match self {
-            Self::Copying { .. } => self.step_copying(input),
+            Self::Copying { .. } => {
+                let flowed = self.flows();
+                let mut effects = self.step_copying(input);
+                match (flowed, self.flows()) {
+                    (false, true) if !self.is_over() => effects.insert(0, SourceEffect::Flow),
+                    (true, false) => effects.insert(0, SourceEffect::Hold),
+                    _ => {}
+                }
+                effects
+            }
             Self::Released => self.step_released(input),
             Self::HandedOver | Self::Reclaimed | Self::Kept { .. } | Self::Unknown => match input {
                 SourceInput::GiveUp { .. } if *self == Self::HandedOver => vec![SourceEffect::TooLate],
@@ -156,11 +189,20 @@ impl Source {
     }
 
     fn step_copying(&mut self, input: SourceInput) -> Vec<SourceEffect> {
-        let Self::Copying { standing, giving_up } = self else {
+        let Self::Copying {
+            standing,
+            giving_up,
+            connected,
+        } = self
+        else {
             return vec![];
         };
         match input {
-            SourceInput::NearlyDone if *standing == Standing::No && giving_up.is_none() => {
+            SourceInput::PeerConnected | SourceInput::PeerLost => {
+                *connected = matches!(input, SourceInput::PeerConnected);
+                vec![]
+            }
+            SourceInput::NearlyDone if *standing == Standing::No && giving_up.is_none() && *connected => {
                 *standing = Standing::Asked;
                 vec![SourceEffect::Stand]
             }
@@ -173,14 +215,25 @@ impl Source {
                 };
                 vec![]
             }
-            SourceInput::Stood { settled: true } if *standing == Standing::Asked => self.release(),
+            SourceInput::Stood { settled: true } if *standing == Standing::Asked && *connected => self.release(),
+            // Lost between the question and the answer: once released the guest might stand for ever.
+            SourceInput::Stood { .. } if *standing == Standing::Asked && !*connected => {
+                *standing = Standing::Unsettled;
+                *giving_up = Some(unheard());
+                vec![SourceEffect::CancelCopy]
+            }
             // Nobody asked for it yet: a driver stands some guests before it copies, and much may be left to send. `Copied` releases.
             SourceInput::Stood { .. } => {
                 *standing = Standing::Unsettled;
                 vec![]
             }
             // Complete beats a cancel under way: the guest stands for good, and the destination has all of it.
-            SourceInput::Copied => self.release(),
+            SourceInput::Copied if *connected => self.release(),
+            // Nobody hears that it may run there. What was not released is ours, complete or not.
+            SourceInput::Copied => {
+                let reason = giving_up.take().unwrap_or_else(unheard);
+                self.keep(reason)
+            }
             SourceInput::CopyFailed { reason } => {
                 let reason = giving_up.take().unwrap_or(reason);
                 self.keep(reason)
@@ -242,6 +295,8 @@ impl Source {
             SourceInput::GiveUp { .. } => vec![SourceEffect::TooLate],
             // Copied or not, dead or not: it is the destination's to decide.
             SourceInput::Heard(Message::Release)
+            | SourceInput::PeerConnected
+            | SourceInput::PeerLost
             | SourceInput::NearlyDone
             | SourceInput::Stood { .. }
             | SourceInput::Copied
@@ -256,5 +311,15 @@ const fn saved_copying() -> Source {
     Source::Copying {
         standing: Standing::No,
         giving_up: None,
+        connected: false,
     }
+}
+
+/// Why a guest that stood already is not given away.
+fn unheard() -> Refusal {
+    Refusal::new(
+        Code::HostUnreachable,
+        "the connection to the destination's agent was lost just when the VM was to be handed over",
+    )
+    .hint("ask again once that agent runs: godwit host list")
 }

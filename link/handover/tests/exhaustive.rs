@@ -63,6 +63,7 @@ const NONE: Budget = Budget {
     kills: 0,
     breaks: 0,
     cancels: 0,
+    cuts: 0,
 };
 
 #[test]
@@ -88,6 +89,21 @@ fn every_order_with_a_dead_agent_and_a_reboot_is_safe() {
         Budget {
             crashes: 1,
             outages: 1,
+            ..NONE
+        },
+    )
+    .expect("each promise holds");
+    eprintln!("{states} states");
+    assert!(states > 10_000, "only {states} states: the model no longer moves");
+}
+
+#[test]
+fn every_order_with_a_lost_connection_and_a_dead_agent_is_safe() {
+    let states = explore(
+        true,
+        Budget {
+            cuts: 1,
+            crashes: 1,
             ..NONE
         },
     )

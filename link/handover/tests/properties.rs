@@ -25,6 +25,8 @@ fn message() -> impl Strategy<Value = Message> {
 
 fn source_input() -> impl Strategy<Value = SourceInput> {
     prop_oneof![
+        Just(SourceInput::PeerConnected),
+        Just(SourceInput::PeerLost),
         Just(SourceInput::NearlyDone),
         any::<bool>().prop_map(|settled| SourceInput::Stood { settled }),
         Just(SourceInput::Copied),
@@ -76,7 +78,8 @@ fn source() -> impl Strategy<Value = Source> {
         Just(Standing::Settled)
     ];
     prop_oneof![
-        (standing, any::<bool>()).prop_map(|(standing, giving_up)| Source::Copying {
+        (standing, any::<bool>(), any::<bool>()).prop_map(|(standing, giving_up, connected)| Source::Copying {
+            connected,
             standing,
             giving_up: giving_up.then(why)
         }),
@@ -195,19 +198,76 @@ _ => prop_assert!(!recovered.may_run()),
     }
 }
 
+/// A source whose destination's agent hears it.
+fn connected() -> Source {
+    let mut source = Source::begin();
+    assert_eq!(source.step(SourceInput::PeerConnected), [SourceEffect::Flow]);
+    source
+}
+
 #[test]
 fn a_guest_that_stands_without_having_been_asked_is_released_when_all_is_copied() {
-    let mut source = Source::begin();
+    let mut source = connected();
     assert!(source.step(SourceInput::Stood { settled: true }).is_empty());
     assert!(source.step(SourceInput::NearlyDone).is_empty(), "it stands already");
     assert_eq!(
         source.step(SourceInput::Copied),
         [SourceEffect::Journal, SourceEffect::Say(Message::Release)]
     );
-    let mut source = Source::begin();
+    let mut source = connected();
     assert_eq!(source.step(SourceInput::NearlyDone), [SourceEffect::Stand]);
     assert_eq!(
         source.step(SourceInput::Stood { settled: true }),
         [SourceEffect::Journal, SourceEffect::Say(Message::Release)]
     );
+}
+
+#[test]
+fn while_the_destinations_agent_does_not_hear_the_guest_is_not_asked_to_stand() {
+    let mut source = Source::begin();
+    assert!(!source.flows(), "nobody has said yet that it hears");
+    assert!(source.step(SourceInput::NearlyDone).is_empty());
+    assert_eq!(source.step(SourceInput::PeerConnected), [SourceEffect::Flow]);
+    assert_eq!(source.step(SourceInput::PeerLost), [SourceEffect::Hold]);
+    assert!(source.step(SourceInput::PeerLost).is_empty(), "it is held already");
+    assert!(source.step(SourceInput::NearlyDone).is_empty());
+    assert_eq!(source.step(SourceInput::PeerConnected), [SourceEffect::Flow]);
+    assert_eq!(source.step(SourceInput::NearlyDone), [SourceEffect::Stand]);
+    // The deadline ends it in any case.
+    let mut source = Source::begin();
+    assert_eq!(
+        source.step(SourceInput::GiveUp { reason: why() }),
+        [SourceEffect::CancelCopy]
+    );
+}
+
+#[test]
+fn a_destinations_agent_that_is_lost_at_the_last_moment_gets_nothing() {
+    for settled in [true, false] {
+        let mut source = connected();
+        source.step(SourceInput::NearlyDone);
+        assert!(
+            source.step(SourceInput::PeerLost).is_empty(),
+            "it stands at any moment: nothing to hold"
+        );
+        assert_eq!(source.step(SourceInput::Stood { settled }), [SourceEffect::CancelCopy]);
+        let kept = match settled {
+            true => source.step(SourceInput::CopyFailed { reason: why() }),
+            false => source.step(SourceInput::Copied),
+        };
+        assert!(kept.contains(&SourceEffect::Resume), "{kept:?}");
+        let Source::Kept { reason } = source else {
+            panic!("{source:?}")
+        };
+        assert_eq!(reason.code, Code::HostUnreachable);
+    }
+    // A hypervisor that stands its guest for the whole copy, and ends it by itself.
+    let mut source = Source::begin();
+    assert_eq!(source.step(SourceInput::Stood { settled: true }), [SourceEffect::Flow]);
+    assert!(source.step(SourceInput::Copied).contains(&SourceEffect::Resume));
+    // Once it is released nothing of this counts.
+    let mut source = connected();
+    source.step(SourceInput::Copied);
+    assert!(source.step(SourceInput::PeerLost).is_empty());
+    assert_eq!(source, Source::Released);
 }

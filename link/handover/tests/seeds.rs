@@ -39,7 +39,7 @@ fn weight(pair: &Pair, choice: Choice, chaos: u64) -> u64 {
         At::B => !pair.b.idle(),
     };
     match choice {
-        Choice::Work(_) | Choice::Hear(_) | Choice::Obey(_) | Choice::CopyOn => 60,
+        Choice::Work(_) | Choice::Hear(_) | Choice::Obey(_) | Choice::CopyOn | Choice::Connect => 60,
         Choice::Deliver(..) | Choice::StartAgent(_) | Choice::PowerOn(_) => 30,
         Choice::Resend(_) => 10,
         Choice::Settle => 4,
@@ -47,7 +47,7 @@ fn weight(pair: &Pair, choice: Choice, chaos: u64) -> u64 {
         Choice::Lose(..) | Choice::Duplicate(..) => chaos,
         Choice::KillAgent(at) if busy(at) => 3 * chaos,
         Choice::KillAgent(_) => chaos / 3,
-        Choice::Cancel(_) | Choice::Break | Choice::KillGuest(_) => chaos / 4,
+        Choice::Cancel(_) | Choice::Break | Choice::Disconnect | Choice::KillGuest(_) => chaos / 4,
         Choice::PowerOff(..) => chaos / 6,
     }
 }
@@ -63,6 +63,7 @@ fn run(seed: u64, planted: Option<Planted>) -> Run {
         kills: few(1),
         breaks: few(1),
         cancels: few(1),
+        cuts: few(2),
     };
     let chaos = 2 + below(&mut rng, 20);
     let mut pair = Pair::new(below(&mut rng, 5) > 0, budget, planted);

@@ -10,6 +10,9 @@ use serde_json::Value;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+/// How long an agent is away: a copy that nobody holds would have ended long before.
+const AWAY: Duration = Duration::from_secs(6);
+
 fn main() -> ExitCode {
     suite::main::<Shared>(e2e::cases![
         an_agent_killed_and_restarted_leaves_its_vm_untouched,
@@ -17,6 +20,8 @@ fn main() -> ExitCode {
         all_of_godwit_killed_at_once_leaves_vms_untouched,
         the_sources_agent_killed_in_the_middle_of_a_move_ends_it_well,
         the_destinations_agent_killed_in_the_middle_of_a_move_ends_it_well,
+        the_destinations_agent_away_for_a_while_makes_no_guest_stand,
+        the_sources_agent_away_for_a_while_makes_no_guest_stand,
         the_controller_killed_in_the_middle_of_a_move_ends_it_well,
         all_of_godwit_killed_in_the_middle_of_a_move_ends_it_well,
         a_move_cancelled_in_its_middle_leaves_the_vm_where_it_was,
@@ -62,6 +67,14 @@ fn the_destinations_agent_killed_in_the_middle_of_a_move_ends_it_well(shared: &m
         shared.cluster.kill_agent(TO)?;
         shared.cluster.start_agent(TO)
     })
+}
+
+fn the_destinations_agent_away_for_a_while_makes_no_guest_stand(shared: &mut Shared) -> Result<()> {
+    runs_without(shared, TO)
+}
+
+fn the_sources_agent_away_for_a_while_makes_no_guest_stand(shared: &mut Shared) -> Result<()> {
+    runs_without(shared, FROM)
 }
 
 fn the_controller_killed_in_the_middle_of_a_move_ends_it_well(shared: &mut Shared) -> Result<()> {
@@ -164,6 +177,36 @@ fn ends_well(shared: &mut Shared, crash: impl FnOnce(&mut Shared) -> Result<()>)
     let moving = Moving::begin(shared)?;
     crash(shared)?;
     moving.let_go(shared)?;
+    let ended = moving.over(shared)?;
+    ensure!(
+        ended["state"]["state"] == "succeeded",
+        "the operation ended so: {ended}"
+    );
+    moving.holds(shared, TO)
+}
+
+/// The agent of host `n` is away in the middle of a move whose copy could end: the guest answers all the while, and moves once the
+/// agent is back. A guest that stands for its whole copy only moves.
+fn runs_without(shared: &mut Shared, n: u8) -> Result<()> {
+    let stands = shared.stands_while_copied()?;
+    let moving = Moving::begin(shared)?;
+    shared.cluster.kill_agent(n)?;
+    if !stands {
+        moving.let_go(shared)?;
+        let end = Instant::now() + AWAY;
+        while Instant::now() < end {
+            moving.guest.status()?.follows(&moving.before)?;
+        }
+        let move_ = shared.cluster.json(&["op", "show", &moving.operation])?;
+        ensure!(
+            move_["state"]["state"] == "running",
+            "the move ended meanwhile: {move_}"
+        );
+    }
+    shared.cluster.start_agent(n)?;
+    if stands {
+        moving.let_go(shared)?;
+    }
     let ended = moving.over(shared)?;
     ensure!(
         ended["state"]["state"] == "succeeded",

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use driver::{Condition, Happened, Launch, Mode};
+use driver::{Action, Condition, Happened, Launch, Mode};
+use handover::Source;
 use model::{
     BootId, Code, Definition, Generation, HostId, Message, Refusal, Report, VmId,
     order::{Order, PortReport, Relay, TemplateReport, VmObserved, VolumePlace},
@@ -10,7 +11,11 @@ use model::{
 use task::{Effect, Input, Peer, Role, Saved, Task, Timer, Tunnel};
 use uuid::Uuid;
 
-use crate::{Checked, Happens, Sim, copy::End, process::Process};
+use crate::{
+    Checked, Happens, Sim,
+    copy::{End, Flow},
+    process::Process,
+};
 
 /// What was written this long ago survives a loss of power.
 const SYNCED_AFTER_MS: u64 = 20;
@@ -23,6 +28,8 @@ pub(crate) struct Runner {
     timers: BTreeMap<Timer, u64>,
     said: (Option<Message>, u32),
     shown: VmObserved,
+    /// What was last told of the destination's agent, and when it is heard.
+    link: (Option<bool>, u64),
 }
 
 /// A host.
@@ -160,7 +167,10 @@ impl Sim {
                 }
                 None => self.not_up(host, vm, "it is gone"),
             },
-            Effect::Act(action) => self.ask(host, vm, action),
+            Effect::Act(action) => {
+                self.check_heard(host, vm, &action)?;
+                self.ask(host, vm, action);
+            }
             Effect::OpenPorts => drop(self.hosts[host].ports.insert(vm, true)),
             Effect::Clear => {
                 if self.process_of(host, vm).is_some() {
@@ -254,11 +264,70 @@ impl Sim {
                     .host_index(terms.destination)
                     .ok_or("terms name a host that is none")?;
                 self.tunnel_dials(host, vm, terms.granted, to);
+                self.watch_link(host, vm);
             }
-            Tunnel::Adopt => self.tunnel_adopted(host, vm),
+            Tunnel::Adopt => {
+                self.tunnel_adopted(host, vm);
+                self.watch_link(host, vm);
+            }
+            Tunnel::Flow => self.tunnel_flow(host, vm, Flow::Flowing),
+            Tunnel::Hold => self.tunnel_flow(host, vm, Flow::Held),
+            Tunnel::Free => self.tunnel_flow(host, vm, Flow::Free),
             Tunnel::Close => return self.tunnel_closed(host, vm),
         }
         Ok(())
+    }
+
+    /// No guest is asked to stand for a move of which the destination's agent could not be told.
+    fn check_heard(&self, host: usize, vm: VmId, action: &Action) -> Checked {
+        let role = self.hosts[host].tasks.get(&vm).map(|runner| &runner.task.saved().role);
+        let unheard = matches!(
+            role,
+            Some(Role::Source {
+                state: Source::Copying { connected: false, .. },
+                ..
+            })
+        );
+        match unheard && *action == Action::Stand {
+            true => Err(format!(
+                "h{host} asks VM {vm} to stand, and the other agent does not hear it"
+            )),
+            false => Ok(()),
+        }
+    }
+
+    fn watch_link(&mut self, host: usize, vm: VmId) {
+        if let Some(runner) = self.hosts[host].tasks.get_mut(&vm) {
+            runner.link.0 = None;
+        }
+        self.links_changed();
+    }
+
+    /// Tells sources whether the destination's agent hears them, where that has changed.
+    pub(crate) fn links_changed(&mut self) {
+        for host in 0..self.hosts.len() {
+            let sources = self.hosts[host].tasks.iter().filter_map(|(vm, runner)| {
+                let Role::Source { terms, .. } = &runner.task.saved().role else {
+                    return None;
+                };
+                Some((*vm, terms.destination, runner.link))
+            });
+            for (vm, destination, (told, until)) in sources.collect::<Vec<_>>() {
+                let Some(to) = self.host_index(destination) else {
+                    continue;
+                };
+                let up = self.hosts[to].agent.is_some() && !self.is_cut(host, to);
+                if told == Some(up) {
+                    continue;
+                }
+                // In order: what comes later is the truth.
+                let at = until.max(self.now + self.chance.between(1, 300));
+                if let Some(runner) = self.hosts[host].tasks.get_mut(&vm) {
+                    runner.link = (Some(up), at);
+                }
+                self.feed_at(at, host, vm, Input::PeerLink { up });
+            }
+        }
     }
 
     pub(crate) fn deleted(&mut self, host: usize, agent: u64, vm: VmId, volumes: &[VolumePlace]) -> Checked {
@@ -367,6 +436,7 @@ impl Sim {
             timers: BTreeMap::new(),
             said: (None, 0),
             shown,
+            link: (None, 0),
         };
         entry.tasks.insert(vm, runner);
         self.carry_out(host, vm, effects)
@@ -443,6 +513,7 @@ impl Sim {
             self.begin_runner(host, vm)?;
         }
         self.after(5, 300, Happens::Connects { host });
+        self.links_changed();
         Ok(())
     }
 
@@ -452,6 +523,9 @@ impl Sim {
         entry.agent = None;
         entry.tasks.clear();
         entry.reports.clear();
+        let held = entry.tunnels.values_mut().filter(|end| end.flow == Flow::Flowing);
+        held.for_each(|end| end.flow = Flow::Held);
+        self.links_changed();
         self.after(100, 8_000, Happens::AgentStarts { host });
         self.session_ends(host)
     }

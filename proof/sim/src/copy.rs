@@ -47,6 +47,16 @@ pub(crate) struct End {
     /// The other end, once connected.
     pub(crate) peer: Option<usize>,
     port: u16,
+    pub(crate) flow: Flow,
+}
+
+/// Whether a source's tunnel takes bytes from its hypervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flow {
+    Held,
+    /// While its agent lives.
+    Flowing,
+    Free,
 }
 
 impl Sim {
@@ -57,6 +67,7 @@ impl Sim {
             serial,
             peer: None,
             port,
+            flow: Flow::Free,
         };
         self.hosts[host].tunnels.insert((vm, granted), end);
         self.feed(2, 30, host, vm, Input::Tunnel(TunnelEvent::Listening { port }));
@@ -77,6 +88,7 @@ impl Sim {
             serial,
             peer: None,
             port: 0,
+            flow: Flow::Held,
         };
         self.hosts[host].tunnels.insert((vm, granted), end);
         self.after(2, 40, Happens::Dialled { host, vm, granted, to });
@@ -112,6 +124,24 @@ impl Sim {
             self.feed(1, 5, end, vm, Input::Tunnel(TunnelEvent::Connected));
         }
         Ok(())
+    }
+
+    /// What the agent says of its tunnel's stream.
+    pub(crate) fn tunnel_flow(&mut self, host: usize, vm: VmId, flow: Flow) {
+        for (_, end) in self.hosts[host].tunnels.iter_mut().filter(|((of, _), _)| *of == vm) {
+            end.flow = flow;
+        }
+        if flow == Flow::Held {
+            self.count("stream held");
+        }
+    }
+
+    fn is_held(&self, copy: &Copy) -> bool {
+        let Some(process) = self.processes.get(&copy.from) else {
+            return false;
+        };
+        let mut ends = self.hosts[process.host].tunnels.iter();
+        ends.any(|((of, _), end)| *of == process.vm && end.flow == Flow::Held)
     }
 
     /// After a restart of the agent.
@@ -233,6 +263,10 @@ impl Sim {
             return self.copy_fails(id, "the stream broke");
         }
         match copy.stage {
+            // Nothing is taken from it; a copy that ends already may be through.
+            Stage::Rounds if self.is_held(&copy) => {
+                self.tell(copy.from, Happened::Copying(state(copy.round, DIRTY_BYTES)));
+            }
             Stage::Rounds if copy.round <= copy.rounds => self.round(id, &copy),
             Stage::Rounds => {
                 let ran = self.processes[&copy.from].condition == Condition::Running;

@@ -39,6 +39,7 @@ impl Sim {
                 let other = (host + 1) % self.hosts.len();
                 self.count("hosts cut apart");
                 self.cuts.insert((host.min(other), host.max(other)));
+                self.links_changed();
                 self.after(
                     500,
                     20_000,
@@ -72,12 +73,14 @@ impl Sim {
             Some(b) => drop(self.cuts.remove(&(a.min(b), a.max(b)))),
             None => self.hosts[a].reachable = true,
         }
+        self.links_changed();
         Ok(())
     }
 
     /// All is mended.
     pub(crate) fn heal(&mut self) -> Checked {
         self.cuts.clear();
+        self.links_changed();
         self.controller_starts()?;
         for host in 0..self.hosts.len() {
             self.hosts[host].reachable = true;

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustls::Connection;
 
+use super::leash::Gate;
+
 /// Bytes taken from a socket at once.
 const CHUNK_BYTES: usize = 256 * 1024;
 /// A record that was begun in the last chunk ends in this one, so slightly more than a chunk can come out.
@@ -62,6 +64,10 @@ struct Relay<'a> {
     net: TcpStream,
     tls: Connection,
     traffic: &'a Traffic,
+    /// Whether anything may be taken from QEMU.
+    gate: &'a Gate,
+    /// QEMU has closed its side: there is nothing left to hold.
+    gone: bool,
     ready: Ready,
     chunk: Box<[u8]>,
     plain: Box<[u8]>,
@@ -82,7 +88,13 @@ enum Direction {
 
 /// Relays until both directions have ended, or one fails. Both sockets are closed on return. `tls` may hold bytes that
 /// arrived with the end of the handshake.
-pub(super) fn relay(net: TcpStream, tls: Connection, local: UnixStream, traffic: &Traffic) -> Result<(), RelayError> {
+pub(super) fn relay(
+    net: TcpStream,
+    tls: Connection,
+    local: UnixStream,
+    traffic: &Traffic,
+    gate: &Gate,
+) -> Result<(), RelayError> {
     net.set_nonblocking(true).map_err(RelayError::Network)?;
     local.set_nonblocking(true).map_err(RelayError::Local)?;
     let mut relay = Relay {
@@ -90,6 +102,8 @@ pub(super) fn relay(net: TcpStream, tls: Connection, local: UnixStream, traffic:
         net,
         tls,
         traffic,
+        gate,
+        gone: false,
         ready: Ready {
             local_read: true,
             local_write: true,
@@ -117,7 +131,7 @@ impl Relay<'_> {
     /// From QEMU to the network. Returns whether anything moved.
     fn outward(&mut self) -> Result<bool, RelayError> {
         let mut moved = self.flush()?;
-        if self.outgoing == Direction::Open && self.ready.local_read && !self.tls.wants_write() {
+        if self.takes_outgoing() && self.ready.local_read && !self.is_held() {
             match some(self.local.read(&mut self.chunk)).map_err(RelayError::Local)? {
                 None => self.ready.local_read = false,
                 Some(0) => {
@@ -144,6 +158,14 @@ impl Relay<'_> {
             moved = true;
         }
         Ok(moved)
+    }
+
+    fn takes_outgoing(&self) -> bool {
+        self.outgoing == Direction::Open && !self.tls.wants_write()
+    }
+
+    fn is_held(&self) -> bool {
+        !self.gate.is_open() && !self.gone
     }
 
     fn flush(&mut self) -> Result<bool, RelayError> {
@@ -223,7 +245,8 @@ impl Relay<'_> {
 
     fn wait(&mut self) -> Result<(), RelayError> {
         let (mut local, mut net) = (PollFlags::empty(), PollFlags::empty());
-        if self.outgoing == Direction::Open && !self.tls.wants_write() {
+        let held = self.takes_outgoing() && self.is_held();
+        if self.takes_outgoing() && !held {
             local |= PollFlags::IN;
         }
         if !self.pending.is_empty() {
@@ -237,25 +260,31 @@ impl Relay<'_> {
         }
         // A direction that nobody waits for must not end the wait by a hang-up alone; negative descriptors are not
         // offered by safe code, so such a socket is left out.
-        let mut slots = Vec::with_capacity(2);
-        if !local.is_empty() {
+        let mut slots = Vec::with_capacity(3);
+        // Of a QEMU that is held, its end is waited for.
+        let watches = (held || !local.is_empty(), !net.is_empty());
+        if watches.0 {
             slots.push(PollFd::from_borrowed_fd(self.local.as_fd(), local));
         }
-        if !net.is_empty() {
+        if watches.1 {
             slots.push(PollFd::from_borrowed_fd(self.net.as_fd(), net));
+        }
+        if held {
+            slots.push(PollFd::from_borrowed_fd(self.gate.sign(), PollFlags::IN));
         }
         match poll(&mut slots, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(RelayError::Network(error.into())),
         }
         let mut slots = slots.iter();
-        let mut seen = |asked: PollFlags| match asked.is_empty() {
-            true => PollFlags::empty(),
-            false => slots.next().map_or(PollFlags::empty(), PollFd::revents),
+        let mut seen = |watched: bool| match watched {
+            true => slots.next().map_or(PollFlags::empty(), PollFd::revents),
+            false => PollFlags::empty(),
         };
-        let (local, net) = (seen(local), seen(net));
+        let (local, net) = (seen(watches.0), seen(watches.1));
         let failed = PollFlags::ERR | PollFlags::HUP;
-        self.ready.local_read |= local.intersects(PollFlags::IN | failed);
+        self.gone |= held && local.intersects(failed);
+        self.ready.local_read |= held || local.intersects(PollFlags::IN | failed);
         self.ready.local_write |= local.intersects(PollFlags::OUT | failed);
         self.ready.net_read |= net.intersects(PollFlags::IN | failed);
         self.ready.net_write |= net.intersects(PollFlags::OUT | failed);

@@ -48,6 +48,9 @@ pub enum Side {
         listen: PathBuf,
         /// The destination's tunnel.
         peer_address: SocketAddr,
+        /// Whether the stream flows only while an agent says so at [`TunnelSpec::leash_path`].
+        #[serde(default)]
+        leash: bool,
     },
     /// Where it goes: the other host connects to us, and we to QEMU's `-incoming unix:PATH`.
     Destination {
@@ -97,6 +100,12 @@ impl TunnelSpec {
     #[must_use]
     pub fn status_path(&self) -> PathBuf {
         self.directory.join("status.json")
+    }
+
+    /// Where the agent of a source says whether the stream may flow.
+    #[must_use]
+    pub fn leash_path(&self) -> PathBuf {
+        self.directory.join("leash")
     }
 
     pub(super) fn connect_max(&self) -> Duration {

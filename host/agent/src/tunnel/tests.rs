@@ -118,6 +118,7 @@ impl Pair {
         let side = Side::Source {
             listen: self.dir.path().join("outgoing"),
             peer_address: self.address,
+            leash: false,
         };
         spec(self.dir.path(), "a", B, side)
     }
@@ -516,4 +517,80 @@ fn a_spec_is_private_versioned_and_strict() {
     }
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
     assert!(matches!(TunnelSpec::read(&path), Err(SpecError::Read(_))));
+}
+
+/// A pair of tunnels whose source is on a leash.
+fn leashed() -> (Pair, TunnelSpec, JoinHandle<Result<(), TunnelError>>) {
+    let pair = destination(|_| {});
+    let mut a = pair.source();
+    let Side::Source { leash, .. } = &mut a.side else {
+        unreachable!()
+    };
+    *leash = true;
+    let a_runs = go(&a);
+    until(&a, |status| status.phase == Phase::Connected);
+    (pair, a, a_runs)
+}
+
+#[test]
+fn a_stream_flows_only_while_its_agent_lets_it_and_to_its_end_once_it_is_free() {
+    const SHORT: Duration = Duration::from_millis(100);
+    let (pair, a, a_runs) = leashed();
+    let (mut near, mut far) = pair.channel();
+    let agent = || UnixStream::connect(a.leash_path()).unwrap();
+    let mut byte = [0; 1];
+    near.write_all(b"1").unwrap();
+    far.set_read_timeout(Some(SHORT)).unwrap();
+    assert!(far.read(&mut byte).is_err(), "nobody has said that it may flow");
+    // The way back is never held.
+    far.write_all(b"b").unwrap();
+    near.read_exact(&mut byte).unwrap();
+
+    let first = agent();
+    (&first).write_all(&[Word::Flow as u8]).unwrap();
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    far.read_exact(&mut byte).unwrap();
+    assert_eq!(&byte, b"1");
+    // The agent dies. What is sent before the tunnel sees that comes through.
+    drop(first);
+    far.set_read_timeout(Some(SHORT)).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        near.write_all(b"2").unwrap();
+        if far.read(&mut byte).is_err() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it flows without an agent");
+    }
+    let second = agent();
+    (&second)
+        .write_all(&[Word::Flow as u8, Word::Hold as u8, Word::Free as u8])
+        .unwrap();
+    drop(second);
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    far.read_exact(&mut byte).unwrap();
+    for _ in 0..20 {
+        near.write_all(b"3").unwrap();
+        far.read_exact(&mut byte).unwrap();
+    }
+    near.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(far.read(&mut byte).unwrap(), 0);
+    drop(far);
+    a_runs.join().unwrap().unwrap();
+    pair.b_runs.join().unwrap().unwrap();
+}
+
+#[test]
+fn the_end_of_a_qemu_that_is_held_is_seen() {
+    let (pair, _, a_runs) = leashed();
+    let (mut near, mut far) = pair.channel();
+    near.write_all(b"rest").unwrap();
+    drop(near);
+    let mut rest = vec![];
+    // With the end of the process there is nothing left to hold; how the stream ends is as without a leash.
+    let _ = far.read_to_end(&mut rest);
+    drop(far);
+    let _ = a_runs.join().unwrap();
+    let _ = pair.b_runs.join().unwrap();
+    assert_eq!(rest, b"rest");
 }

@@ -147,6 +147,10 @@ pub(crate) struct Machine {
     pub(crate) reports: Vec<Happening>,
     /// What its hypervisor or its task wants of the other machine.
     pub(crate) outside: Vec<Outside>,
+    /// Whether the other machine's agent hears this one.
+    pub(crate) peer_up: bool,
+    /// What was wanted of the stream.
+    pub(crate) flows: Vec<Tunnel>,
     /// What was wanted of the frames that its guest misses.
     pub(crate) missed: Vec<Missed>,
     pub(crate) resets: u32,
@@ -191,6 +195,8 @@ impl Machine {
             inputs: VecDeque::new(),
             reports: vec![],
             outside: vec![],
+            peer_up: true,
+            flows: vec![],
             missed: vec![],
             resets: 0,
             heeds: true,
@@ -326,8 +332,12 @@ impl Machine {
     fn tunnel(&mut self, wish: &Tunnel) {
         let event = match wish {
             Tunnel::Listen(_) => TunnelEvent::Listening { port: 4000 },
-            Tunnel::Dial(..) => TunnelEvent::Connected,
-            Tunnel::Adopt => return,
+            Tunnel::Dial(..) => {
+                self.inputs.push_back(Input::PeerLink { up: self.peer_up });
+                TunnelEvent::Connected
+            }
+            Tunnel::Adopt => return self.inputs.push_back(Input::PeerLink { up: self.peer_up }),
+            Tunnel::Flow | Tunnel::Hold | Tunnel::Free => return self.flows.push(wish.clone()),
             Tunnel::Close => {
                 self.outside.push(Outside::Closed);
                 TunnelEvent::Closed { wire_bytes: 1 }

@@ -84,6 +84,8 @@ pub(crate) enum Choice {
     StartAgent(At),
     /// A host without power comes back.
     PowerOn(At),
+    /// The source sees that the destination's agent hears it.
+    Connect,
     /// The copy goes one step further.
     CopyOn,
     /// Fault: a message comes, and will come again.
@@ -96,6 +98,8 @@ pub(crate) enum Choice {
     KillGuest(At),
     /// Fault: the host loses power, and so many unsynced records with it.
     PowerOff(At, usize),
+    /// Fault: the source sees that the destination's agent does not hear it.
+    Disconnect,
     /// Fault: the stream breaks.
     Break,
     /// A person's cancel reaches this side.
@@ -119,6 +123,8 @@ pub(crate) struct Budget {
     pub(crate) breaks: u8,
     /// Cancels.
     pub(crate) cancels: u8,
+    /// Connections between the agents lost.
+    pub(crate) cuts: u8,
 }
 
 /// What was true once, whatever the journals say now.
@@ -198,8 +204,11 @@ impl Pair {
     pub(crate) fn new(run: bool, budget: Budget, planted: Option<Planted>) -> Self {
         let terms = terms(run);
         let guest = if run { Guest::Running } else { Guest::Standing };
+        // Connected as if by itself: each order of that, too, is another history, and a cut makes them all.
+        let mut source = Source::begin();
+        source.step(SourceInput::PeerConnected);
         Self {
-            a: Side::new(Source::begin(), terms.source_boot, guest),
+            a: Side::new(source, terms.source_boot, guest),
             b: Side::new(Destination::begin(), terms.destination_boot, Guest::Loading),
             terms,
             copy: Copy::default(),
@@ -228,11 +237,26 @@ impl Pair {
                 choices.push(Choice::Deliver(to, message));
             }
         }
+        let (connected, can_say) = self.connection();
+        if can_say && !connected && self.b.agent_up() {
+            choices.push(Choice::Connect);
+        }
+        if self.budget.cuts > 0 && can_say && connected {
+            choices.push(Choice::Disconnect);
+        }
         if self.copy.can_go_on(self.a.guest, self.b.guest) {
             choices.push(Choice::CopyOn);
         }
         self.faults(&mut choices);
         choices
+    }
+
+    /// Whether the source sees the destination's agent, and whether it cares and takes inputs.
+    fn connection(&self) -> (bool, bool) {
+        match self.a.state() {
+            Some(Source::Copying { connected, .. }) => (*connected, self.a.idle()),
+            _ => (false, false),
+        }
     }
 
     fn faults(&self, choices: &mut Vec<Choice>) {
@@ -324,6 +348,11 @@ impl Pair {
             Choice::Deadline(At::B) => {
                 self.b.timers.deadline = false;
                 self.give_up(At::B);
+            }
+            Choice::Connect => self.source(SourceInput::PeerConnected),
+            Choice::Disconnect => {
+                self.budget.cuts -= 1;
+                self.source(SourceInput::PeerLost);
             }
             Choice::Cancel(at) => {
                 self.budget.cancels -= 1;
@@ -484,6 +513,7 @@ impl Pair {
             kills: 0,
             breaks: 0,
             cancels: 0,
+            cuts: 0,
         };
         for turn in 0..2_000 {
             // A timer runs out only when nothing else is left to do, and each gets its turn.

@@ -288,7 +288,8 @@ impl Pair {
             Some(Planted::LostIsNever) => self.terms.source_boot,
             _ => self.a.boot,
         };
-        let state = Source::recover(&self.terms, self.a.journal.last().cloned(), boot);
+        let mut state = Source::recover(&self.terms, self.a.journal.last().cloned(), boot);
+        state.step(SourceInput::PeerConnected);
         let alive = self.a.guest != Guest::Dead;
         let copying = matches!(state, Source::Copying { .. });
         let first = match &state {
@@ -360,7 +361,12 @@ fn of_source(effect: SourceEffect) -> Work {
         SourceEffect::Say(message) => Work::Say(message),
         SourceEffect::Resume => Work::Cont,
         SourceEffect::TearDown => Work::Ask(Asked::Kill),
-        SourceEffect::Announce | SourceEffect::TooLate | SourceEffect::Over => Work::Nothing,
+        // A stream that is held may end nevertheless: what is on its way already is not held.
+        SourceEffect::Flow
+        | SourceEffect::Hold
+        | SourceEffect::Announce
+        | SourceEffect::TooLate
+        | SourceEffect::Over => Work::Nothing,
     }
 }
 
