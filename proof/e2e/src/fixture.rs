@@ -79,6 +79,14 @@ impl Shared {
     /// # Errors
     /// When it does not.
     pub fn create(&self, name: &str, n: u8) -> Result<Guest> {
+        self.create_with(name, n, &[])
+    }
+
+    /// The same, with further options of `vm create`.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn create_with(&self, name: &str, n: u8, more: &[&str]) -> Result<Guest> {
         let host = format!("h{n}");
         let words = [
             "vm",
@@ -92,7 +100,7 @@ impl Shared {
             &host,
             "--wait",
         ];
-        self.cluster.json(&words)?;
+        self.cluster.json(&[&words, more].concat())?;
         self.guest(name)
     }
 

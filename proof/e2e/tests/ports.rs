@@ -30,37 +30,20 @@ fn main() -> ExitCode {
     ])
 }
 
+/// Adds the rule by which a web server is reached.
+fn let_browsers_in(shared: &Shared, group: &str) -> Result<()> {
+    let rule = ["ingress", "--protocol", "tcp", "--port", "80"];
+    let words = ["security-group", "add-rule", group];
+    shared.cluster.json(&[&words[..], &rule].concat()).map(|_| ())
+}
+
 /// A running guest whose port is in a group that lets web browsers in and nothing out.
 fn guarded(shared: &Shared, name: &str, group: &str) -> Result<Guest> {
     let cluster = &shared.cluster;
     cluster.json(&["security-group", "create", group])?;
     cluster.cli(&["security-group", "remove-rule", group, "1"])?;
-    cluster.json(&[
-        "security-group",
-        "add-rule",
-        group,
-        "ingress",
-        "--protocol",
-        "tcp",
-        "--port",
-        "80",
-    ])?;
-    let words = [
-        "vm",
-        "create",
-        name,
-        "--template",
-        "micro",
-        "--memory",
-        MEMORY,
-        "--host",
-        "h1",
-        "--security-group",
-        group,
-        "--wait",
-    ];
-    cluster.json(&words)?;
-    shared.guest(name)
+    let_browsers_in(shared, group)?;
+    shared.create_with(name, 1, &["--security-group", group])
 }
 
 fn what_a_group_let_begin_lives_through_a_move_and_ends_when_it_is_no_longer_allowed(
@@ -88,16 +71,7 @@ fn what_a_group_let_begin_lives_through_a_move_and_ends_when_it_is_no_longer_all
     cluster.cli(&["security-group", "remove-rule", "web", "2"])?;
     until("the rule is gone", || in_force(shared, &guest))?;
     ensure!(guest.status_within(UNHEARD).is_err(), "a new connection is let in");
-    cluster.json(&[
-        "security-group",
-        "add-rule",
-        "web",
-        "ingress",
-        "--protocol",
-        "tcp",
-        "--port",
-        "80",
-    ])?;
+    let_browsers_in(shared, "web")?;
     until("the rule is back", || in_force(shared, &guest))?;
     guest.status_within(HEARD)?;
     let said = cluster.attempt(&["security-group", "delete", "web"])?.refused(5)?;
